@@ -1,0 +1,51 @@
+# make install | demo | test | lint | bench | docs. Everything goes to .venv; DEVICE=gpu takes the CUDA builds.
+DEVICE ?= cpu
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(DEVICE)
+
+TORCH := 2.13.0
+TORCHREC := 1.8.0
+FBGEMM := $(if $(filter gpu,$(DEVICE)),fbgemm-gpu,fbgemm-gpu-cpu)==1.8.0
+# On Linux, plain `torch` from PyPI is the CUDA build. The CPU build has an index of its own; where pip is set up to
+# find a CPU build elsewhere (a local index, a wheel folder), set TORCH_INDEX to nothing.
+TORCH_INDEX ?= $(if $(filter gpu,$(DEVICE)),,$(shell $(PYTHON) -m pip config list 2>/dev/null | grep -q find-links || echo --extra-index-url https://download.pytorch.org/whl/cpu))
+
+.PHONY: help install demo test lint bench docs clean
+
+help:
+	@sed -n 1p Makefile
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch $(TORCH) ($(DEVICE)), torchrec $(TORCHREC), Ray and the rest into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) torch==$(TORCH) 2>&1 | grep -v "^WARNING: Location" || true
+	@$(BIN)/python -c "import torch; assert torch.__version__.split('+')[0] == '$(TORCH)', torch.__version__"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' $(FBGEMM) 2>&1 | grep -v "^WARNING: Location" || true
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchrec==$(TORCHREC)
+	@$(BIN)/python -c "import ray, torch, fbgemm_gpu, rayfm"
+	@touch $(STAMP)
+
+demo: install
+	@$(BIN)/rayfm run examples/demo.yaml --overwrite
+
+test: install
+	@$(BIN)/python -m pytest -q
+
+lint: install
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: install
+	@$(BIN)/python -m benchmarks.run
+
+docs: install
+	@$(BIN)/python docs/check.py
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,41 @@
+"""Shared by all tests: one Ray for the session, the KuaiRand folder, quiet libraries."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+os.environ.pop("RAY_ADDRESS", None)  # tests start a Ray of their own; somebody else's is not for them
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+warnings.filterwarnings("ignore")
+for name in ("torchrec", "torch.fx._symbolic_trace", "c10d-NullHandler-dcp_logger", "c10d-NullHandler"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """The one Ray of the test session; 4 logical CPUs so that small groups fit side by side on any machine."""
+    import ray
+
+    # Workers import what tests hand them (look-ups, loops) by module name.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def kuairand() -> Path:
+    """The folder of KuaiRand-Pure (RAYFM_KUAIRAND, by default beside the checkout)."""
+    default = TESTS.parents[1] / "shared" / "data" / "kuairand"
+    folder = Path(os.environ.get("RAYFM_KUAIRAND", default))
+    if not folder.exists():
+        pytest.skip(f"no KuaiRand data at {folder}; set RAYFM_KUAIRAND")
+    return folder
