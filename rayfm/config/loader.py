@@ -1,0 +1,194 @@
+"""YAML in, one strict typed configuration out; every complaint names the key and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rayfm.config.base import Config
+from rayfm.config.errors import ConfigError
+from rayfm.config.registry import Registry, nearest
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML takes the last of two equal keys in silence; a config file should not.
+
+    Dates stay strings: a period is named by one.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: {key!r} cannot be a key; write a name")
+            if key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice; keep one")
+            seen.add(key)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+_UniqueKeyLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}; name an existing YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"cannot read config {path}: it is not text; name a YAML file") from None
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path} {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(data).__name__}")
+    return data
+
+
+def apply_override(data: dict[str, Any], assignment: str) -> None:
+    """Apply one ``--set a.b.0.c=value`` in place; the value is read as YAML, list items are addressed by position.
+
+    Raises:
+        ConfigError: no ``=``, the value is not YAML, or the path runs through something that is not a mapping or list.
+    """
+    path, separator, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set {assignment!r}: write it as a.b=value")
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, ConfigError) as error:
+        reason = getattr(error, "problem", None) or error
+        raise ConfigError(f"--set {assignment!r}: the value is not valid YAML ({reason})") from None
+    here: Any = data
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        where = ".".join(keys[: depth + 1])
+        if isinstance(here, list):
+            if not key.isdigit() or int(key) >= len(here):
+                raise ConfigError(f"--set {assignment!r}: {where!r} is not a position in a list of {len(here)}")
+            index: Any = int(key)
+        elif isinstance(here, dict):
+            index = key
+            if not last and here.get(key) is None:
+                here[key] = {}
+        else:
+            raise ConfigError(f"--set {assignment!r}: {'.'.join(keys[:depth])!r} is a value, not a mapping")
+        if last:
+            here[index] = value
+        else:
+            here = here[index]
+
+
+def validate(cls: type[ConfigT], data: dict[str, Any], origin: str = "config") -> ConfigT:
+    """``data`` as a typed ``cls``; ``origin`` (a file name) opens each message.
+
+    Raises:
+        ConfigError: with every complaint, one a line, each with its dotted key.
+    """
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in _explain(cls, error))) from None
+
+
+def _explain(cls: type[BaseModel], error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors(include_url=False):
+        names, fields = _walk(cls, item["loc"])
+        key = ".".join(names) or "(top)"
+        context = item.get("ctx", {})
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}{nearest(names[-1], fields)}")
+        elif item["type"] == "missing":
+            lines.append(f"{key!r} is missing; add it")
+        elif item["type"] == "union_tag_invalid":
+            known = [tag.strip().strip("'") for tag in context["expected_tags"].split(",")]
+            lines.append(f"'{key}.type': unknown {context['tag']!r}{nearest(str(context['tag']), known)}")
+        elif item["type"] == "union_tag_not_found":
+            lines.append(f"{key!r}: needs a 'type' key")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            shown = repr(item.get("input"))
+            lines.append(f"{key!r}: {message}" + (f" (found {shown})" if len(shown) < 60 else ""))
+    return lines
+
+
+def _walk(cls: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
+    """The keys of a YAML path for pydantic's ``loc``, and the keys known where its last one stands.
+
+    ``loc`` also holds what is no key in the file: the chosen part's ``type``, the chosen member of a union.
+    """
+    names: list[str] = []
+    known: list[str] = []
+    annotation: Any = cls
+    metadata: list[Any] = []
+    for part in loc:
+        annotation, metadata = _without_none(annotation, metadata)
+        registry = next((item for item in metadata if isinstance(item, Registry)), None)
+        members = get_args(annotation)
+        if registry is not None and part in list(registry):
+            annotation, metadata = registry[str(part)].Config, []
+            continue
+        if get_origin(annotation) in (Union, UnionType):
+            chosen = [member for member in members if getattr(member, "__name__", None) == part]
+            annotation, metadata = (chosen or [None])[0], []
+            continue
+        if part == "[key]":
+            continue
+        names.append(str(part))
+        known = []
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            fields = {field.alias or name: field for name, field in annotation.model_fields.items()}
+            known = sorted(fields)
+            field = fields.get(str(part))
+            annotation, metadata = (None, []) if field is None else (field.annotation, list(field.metadata))
+        elif get_origin(annotation) is dict:
+            annotation, metadata = members[1], []
+        elif members:
+            fixed = get_origin(annotation) is tuple and Ellipsis not in members and isinstance(part, int)
+            annotation, metadata = members[int(part) % len(members) if fixed else 0], []
+    return names, known
+
+
+def _without_none(annotation: Any, metadata: list[Any]) -> tuple[Any, list[Any]]:
+    """``X`` for ``Annotated[X, ...]``, whose metadata is added, and for ``X | None``."""
+    while True:
+        if get_origin(annotation) is Annotated:
+            annotation, *more = get_args(annotation)
+            metadata = [*metadata, *more]
+            continue
+        others = [member for member in get_args(annotation) if member is not type(None)]
+        if get_origin(annotation) in (Union, UnionType) and len(others) == 1:
+            annotation = others[0]
+            continue
+        return annotation, metadata
+
+
+def write_yaml(config: Config, path: str | Path) -> None:
+    """Save a resolved configuration so that reading it back gives an equal one."""
+    Path(path).write_text(yaml.safe_dump(config.dump(), sort_keys=False, width=120))

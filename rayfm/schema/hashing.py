@@ -1,0 +1,59 @@
+"""The hash that maps an id to a row of a table. It is part of the data format: changing it orphans every trained table.
+
+An id is an int64, or a string that is first folded to 64 bits; the row is ``splitmix64(id + salt) mod rows``.
+
+* Strings: SipHash-2-4 of the UTF-8 bytes with the 16-byte key ``0123456789123456``, as ``pandas.util.hash_array``
+  computes it.
+* Mixing: the finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def salt_of(name: str) -> int:
+    """The default salt of a table: 63 bits of the SHA-256 of its name, so that two tables place one id differently."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+
+
+def mix64(values: npt.NDArray[np.int64] | npt.NDArray[np.uint64], salt: int = 0) -> npt.NDArray[np.uint64]:
+    """splitmix64 of ``values + salt``, element by element: ``[n] -> [n]`` uint64."""
+    with np.errstate(over="ignore"):
+        z = values.view(np.uint64) + np.uint64(salt)
+        z += _GOLDEN
+        z ^= z >> np.uint64(30)
+        z *= _MIX_1
+        z ^= z >> np.uint64(27)
+        z *= _MIX_2
+        z ^= z >> np.uint64(31)
+    return z
+
+
+def string_ids(values: pa.Array) -> npt.NDArray[np.int64]:
+    """64-bit ids of an Arrow string (or dictionary of strings) array without nulls: ``[n] -> [n]`` int64."""
+    if not pa.types.is_dictionary(values.type):
+        values = values.dictionary_encode()
+    words = values.dictionary.to_numpy(zero_copy_only=False).astype(object)
+    hashed: npt.NDArray[np.int64] = pd.util.hash_array(words, categorize=False).view(np.int64)
+    rows: npt.NDArray[np.int64] = hashed[values.indices.to_numpy(zero_copy_only=False)]
+    return rows
+
+
+def table_rows(ids: npt.NDArray[np.int64], rows: int, salt: int) -> npt.NDArray[np.int64]:
+    """The table row of each id: ``[n] -> [n]`` int64 in ``[0, rows)``."""
+    return (mix64(ids, salt) % np.uint64(rows)).view(np.int64)
+
+
+def unit_interval(ids: npt.NDArray[np.int64], salt: int = 0) -> npt.NDArray[np.float64]:
+    """A fixed uniform number in ``[0, 1)`` per id; used for sampling that every reader must repeat."""
+    return (mix64(ids, salt) >> np.uint64(11)).astype(np.float64) * (1.0 / (1 << 53))
