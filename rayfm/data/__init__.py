@@ -1,0 +1,1 @@
+"""Sources, preparation, the example store, batches and readers."""

@@ -1,0 +1,315 @@
+"""From Arrow columns to tensors, a chunk of many steps at a time.
+
+Hashing and conversion cost a call a column, whatever the number of rows; so a chunk of several steps is encoded once
+and each step is a slice of it.
+
+Shape letters: N rows of the chunk, B rows of a step, D dense features, F single-id features, T tasks, S supervision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from rayfm.config import DataError
+from rayfm.data.batch import Batch
+from rayfm.schema import EXAMPLE_ID, TRAFFIC, WEIGHTS_SUFFIX, Feature, Schema, string_ids, table_rows
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+ScalarT = TypeVar("ScalarT", bound=np.generic)
+
+
+@dataclasses.dataclass
+class JaggedColumn:
+    """A list feature's ids, back to back: the list of row i is ``values[offsets[i] : offsets[i + 1]]``."""
+
+    values: IntArray
+    offsets: IntArray
+    weights: FloatArray | None = None
+
+    def slice(self, start: int, stop: int) -> tuple[IntArray, IntArray]:
+        """Values and lengths of rows ``[start, stop)``."""
+        return self.values[self.offsets[start] : self.offsets[stop]], np.diff(self.offsets[start : stop + 1])
+
+
+@dataclasses.dataclass
+class EncodedChunk:
+    """Examples as arrays, ready to be cut into batches."""
+
+    dense: FloatArray
+    """``[N, D]``"""
+    single: IntArray
+    """``[F, N]``: table rows of the single-id features."""
+    single_valid: BoolArray | None
+    """``[F, N]``, or None where no id is missing."""
+    jagged: dict[str, JaggedColumn]
+    labels: FloatArray
+    label_mask: BoolArray
+    supervision: FloatArray
+    supervision_mask: BoolArray
+    example_id: IntArray
+    kind: IntArray
+    traffic: IntArray
+    weight: FloatArray
+    group: IntArray
+    user: IntArray
+
+    def __len__(self) -> int:
+        return len(self.example_id)
+
+
+class Encoder:
+    """Encodes Arrow tables of examples for one set of features.
+
+    Args:
+        schema: the pipeline's schema.
+        features: names of the features to encode; all of the schema's by default.
+        supervision: names of the supervision columns, in the order of ``Batch.supervision``.
+        labels: whether the tables have the tasks' columns; what is served has none.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        features: tuple[str, ...] | None = None,
+        supervision: tuple[str, ...] = (),
+        labels: bool = True,
+    ) -> None:
+        wanted = [f for f in schema.features if features is None or f.name in features]
+        self.schema, self.features = schema, features
+        self.dense = [f for f in wanted if f.kind == "dense"]
+        self.single = [f for f in wanted if f.kind == "sparse"]
+        self.multi = [f for f in wanted if f.kind == "multi"]
+        self.weighted = [f for f in wanted if f.kind == "weighted"]
+        self.sequence = [f for f in wanted if f.kind == "sequence"]
+        self.supervision = supervision
+        self.tasks = tuple(task.name for task in schema.tasks) if labels else ()
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the schema's columns that encoding reads."""
+        names = [f.name for f in (*self.dense, *self.single, *self.multi, *self.weighted, *self.sequence)]
+        names += [f.name + WEIGHTS_SUFFIX for f in self.weighted]
+        return list(dict.fromkeys([EXAMPLE_ID, TRAFFIC, *names, *self.tasks]))
+
+    def encode(
+        self, table: pa.Table, kind: IntArray, supervision: FloatArray, supervision_mask: BoolArray
+    ) -> EncodedChunk:
+        """Encode ``table`` (N rows) with its kinds ``[N]`` and supervision ``[N, S]``.
+
+        Raises:
+            DataError: a column is missing.
+        """
+        missing = [name for name in self.columns if name not in table.column_names]
+        if missing:
+            raise DataError(f"the examples lack column {missing[0]!r}; prepare them with the schema that has it")
+        rows = table.num_rows
+        example_id = _integers(table[EXAMPLE_ID])
+        single = np.zeros((len(self.single), rows), np.int64)
+        valid = np.ones((len(self.single), rows), np.bool_)
+        any_missing = False
+        for position, feature in enumerate(self.single):
+            column = _one_array(table[feature.name])
+            if column.null_count:
+                any_missing = True
+                valid[position] = column.is_valid().to_numpy(zero_copy_only=False)
+            single[position] = self._table_rows(feature, column)
+        jagged = {f.name: self._jagged(f, table) for f in (*self.multi, *self.weighted, *self.sequence)}
+        labels, label_mask = self._labels(table)
+        return EncodedChunk(
+            dense=self._dense(table),
+            single=single,
+            single_valid=valid if any_missing else None,
+            jagged=jagged,
+            labels=labels,
+            label_mask=label_mask,
+            supervision=supervision,
+            supervision_mask=supervision_mask,
+            example_id=example_id,
+            kind=kind,
+            traffic=self._traffic(table),
+            weight=_optional(table, "sampling_weight", np.ones(rows, np.float32)),
+            group=_optional(table, "request_id", np.full(rows, -1, np.int64)),
+            user=_optional(table, "user_id", example_id),
+        )
+
+    def batch(self, chunk: EncodedChunk, start: int, stop: int) -> Batch:
+        """Rows ``[start, stop)`` of a chunk as a batch. Dense tensors are views of the chunk."""
+        return Batch(
+            dense=torch.from_numpy(chunk.dense[start:stop]),
+            sparse=self._sparse(chunk, start, stop),
+            weighted=self._keyed(chunk, self.weighted, start, stop),
+            sequence=self._keyed(chunk, self.sequence, start, stop),
+            labels=torch.from_numpy(chunk.labels[start:stop]),
+            label_mask=torch.from_numpy(chunk.label_mask[start:stop]),
+            supervision=torch.from_numpy(chunk.supervision[start:stop]),
+            supervision_mask=torch.from_numpy(chunk.supervision_mask[start:stop]),
+            example_id=torch.from_numpy(chunk.example_id[start:stop]),
+            kind=torch.from_numpy(chunk.kind[start:stop]),
+            traffic=torch.from_numpy(chunk.traffic[start:stop]),
+            weight=torch.from_numpy(chunk.weight[start:stop]),
+            group=torch.from_numpy(chunk.group[start:stop]),
+            user=torch.from_numpy(chunk.user[start:stop]),
+            tasks=self.tasks,
+            supervision_names=self.supervision,
+        )
+
+    def _sparse(self, chunk: EncodedChunk, start: int, stop: int) -> KeyedJaggedTensor | None:
+        if not self.single and not self.multi:
+            return None
+        rows = chunk.single[:, start:stop]
+        if chunk.single_valid is None:
+            values, lengths = [rows.reshape(-1)], [np.ones(rows.size, np.int32)]
+        else:
+            valid = chunk.single_valid[:, start:stop]
+            values, lengths = [rows[valid]], [valid.astype(np.int32).reshape(-1)]
+        for feature in self.multi:
+            ids, counts = chunk.jagged[feature.name].slice(start, stop)
+            values.append(ids)
+            lengths.append(counts.astype(np.int32))
+        return KeyedJaggedTensor(
+            keys=[f.name for f in (*self.single, *self.multi)],
+            values=torch.from_numpy(np.concatenate(values)),
+            lengths=torch.from_numpy(np.concatenate(lengths)),
+        )
+
+    def _keyed(self, chunk: EncodedChunk, features: list[Feature], start: int, stop: int) -> KeyedJaggedTensor | None:
+        if not features:
+            return None
+        columns = [chunk.jagged[feature.name] for feature in features]
+        slices = [column.slice(start, stop) for column in columns]
+        weights = [
+            column.weights[column.offsets[start] : column.offsets[stop]]
+            for column in columns
+            if column.weights is not None
+        ]
+        return KeyedJaggedTensor(
+            keys=[feature.name for feature in features],
+            values=torch.from_numpy(np.concatenate([ids for ids, _ in slices])),
+            lengths=torch.from_numpy(np.concatenate([counts for _, counts in slices]).astype(np.int32)),
+            weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
+        )
+
+    def _dense(self, table: pa.Table) -> FloatArray:
+        dense = np.empty((table.num_rows, len(self.dense)), np.float32)
+        for position, feature in enumerate(self.dense):
+            column = _one_array(table[feature.name])
+            if column.null_count:
+                column = pc.fill_null(column, pa.scalar(feature.missing, column.type))
+            values = column.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+            if feature.transform == "log1p":
+                values = np.log1p(np.maximum(values, 0))
+            elif feature.transform == "signed_log1p":
+                values = np.sign(values) * np.log1p(np.abs(values))
+            dense[:, position] = (values - np.float32(feature.mean)) / np.float32(feature.std)
+        return dense
+
+    def _table_rows(self, feature: Feature, ids: pa.Array) -> IntArray:
+        table = self.schema.tables[feature.table_name]
+        salt = self.schema.salt(feature.table_name)
+        if not pa.types.is_integer(ids.type):
+            if not pa.types.is_dictionary(ids.type):
+                ids = ids.dictionary_encode()
+            words = ids.dictionary
+            rows_of_words = table_rows(string_ids(words), table.rows, salt) if len(words) else np.zeros(1, np.int64)
+            indices = pc.fill_null(ids.indices, 0) if ids.null_count else ids.indices
+            rows: IntArray = rows_of_words[indices.to_numpy(zero_copy_only=False)]
+            return rows
+        if ids.null_count:
+            ids = pc.fill_null(ids, 0)
+        values = ids.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+        if table.ids == "modulo":
+            wrapped: IntArray = np.mod(values, table.rows)
+            return wrapped
+        return table_rows(values, table.rows, salt)
+
+    def _jagged(self, feature: Feature, table: pa.Table) -> JaggedColumn:
+        column = _one_array(table[feature.name])
+        values, offsets = _list_parts(column)
+        weights = None
+        if feature.kind == "weighted":
+            flat, weight_offsets = _list_parts(_one_array(table[feature.name + WEIGHTS_SUFFIX]))
+            if not np.array_equal(weight_offsets, offsets):
+                raise DataError(f"column {feature.name + WEIGHTS_SUFFIX!r}: its lists are not as long as the ids'")
+            weights = flat.to_numpy(zero_copy_only=False).astype(np.float32)
+        rows = self._table_rows(feature, values)
+        if feature.max_len is not None:
+            keep, offsets = _truncate(offsets, feature.max_len, newest=feature.kind == "sequence")
+            rows = rows[keep]
+            weights = None if weights is None else weights[keep]
+        return JaggedColumn(rows, offsets, weights)
+
+    def _labels(self, table: pa.Table) -> tuple[FloatArray, BoolArray]:
+        labels = np.zeros((table.num_rows, len(self.tasks)), np.float32)
+        mask = np.zeros((table.num_rows, len(self.tasks)), np.bool_)
+        for position, name in enumerate(self.tasks):
+            task = self.schema.task(name)
+            column = _one_array(table[task.name])
+            mask[:, position] = column.is_valid().to_numpy(zero_copy_only=False)
+            values = pc.fill_null(column, pa.scalar(0.0, column.type)).to_numpy(zero_copy_only=False)
+            labels[:, position] = np.log1p(np.maximum(values, 0)) if task.transform == "log1p" else values
+        return labels, mask
+
+    def _traffic(self, table: pa.Table) -> IntArray:
+        column = _one_array(table[TRAFFIC])
+        positions = pc.index_in(column, value_set=pa.array(self.schema.traffics, pa.string()))
+        if positions.null_count:
+            unknown = column.filter(pc.is_null(positions))[0].as_py()
+            raise DataError(f"traffic {unknown!r} is not among the schema's traffics; add it and prepare again")
+        found: IntArray = positions.to_numpy(zero_copy_only=False).astype(np.int64)
+        return found
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # a column without rows has no chunks to combine
+        array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
+    return array
+
+
+def _integers(column: pa.ChunkedArray) -> IntArray:
+    """An own copy: torch wants writable memory, and Arrow's is not."""
+    values: IntArray = _one_array(column).to_numpy(zero_copy_only=False).astype(np.int64)
+    return values
+
+
+def _optional(table: pa.Table, name: str, default: npt.NDArray[ScalarT]) -> npt.NDArray[ScalarT]:
+    """A reserved column, with ``default`` where it or its value is missing."""
+    if name not in table.column_names:
+        return default
+    column = _one_array(table[name])
+    if column.null_count == len(column):
+        return default
+    values: npt.NDArray[ScalarT] = column.fill_null(0).to_numpy(zero_copy_only=False).astype(default.dtype)
+    return np.where(column.is_valid().to_numpy(zero_copy_only=False), values, default) if column.null_count else values
+
+
+def _list_parts(column: pa.ListArray) -> tuple[pa.Array, IntArray]:
+    """Flat values and zero-based offsets ``[N + 1]`` of a list column; a null list is an empty one."""
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    offsets = np.zeros(len(column) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    values = column.flatten()
+    if values.null_count:
+        raise DataError("a list holds a null id; prepare the examples again")
+    return values, offsets
+
+
+def _truncate(offsets: IntArray, max_len: int, newest: bool) -> tuple[IntArray, IntArray]:
+    """Positions to keep, and the new offsets, when each list is cut to its last (or first) ``max_len`` items."""
+    lengths = np.diff(offsets)
+    kept = np.minimum(lengths, max_len)
+    starts = offsets[1:] - kept if newest else offsets[:-1]
+    new_offsets = np.zeros_like(offsets)
+    np.cumsum(kept, out=new_offsets[1:])
+    keep = np.arange(new_offsets[-1]) + np.repeat(starts - new_offsets[:-1], kept)
+    return keep, new_offsets

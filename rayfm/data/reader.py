@@ -1,0 +1,261 @@
+"""Readers: the steps of a period as batches, for one rank. Both readers give the same batches.
+
+The cursor of a reader is (period, step); a reader starts at any of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from rayfm.config import DataError
+from rayfm.data.batch import Batch
+from rayfm.data.encode import EncodedChunk, Encoder
+from rayfm.data.steps import KIND, STEP, SUPERVISION, SUPERVISION_MASK, LaneCache, ReadPlan, count_steps, read_steps
+
+if TYPE_CHECKING:
+    import ray.data
+
+ReaderKind = Literal["arrow", "ray_data"]
+ItemT = TypeVar("ItemT")
+
+CHUNK_ROWS = 32_768
+"""Rows (of impressions, over all ranks) that are read and encoded together."""
+
+
+class Reader(Protocol):
+    """What the training loop reads from."""
+
+    def steps(self, period: str) -> int:
+        """Steps of the period: the same number on every rank."""
+        ...
+
+    def batches(self, period: str, start: int = 0) -> Iterator[Batch]:
+        """This rank's batches of steps ``start``, ``start + 1``, ...; empty ones where its lanes end early."""
+        ...
+
+
+def chunk_steps(plan: ReadPlan) -> int:
+    """Steps in a chunk."""
+    return max(1, CHUNK_ROWS // plan.batch_size)
+
+
+def rank_lanes(lanes: int, rank: int, world: int) -> list[int]:
+    """Lanes of a rank: ``rank, rank + world, ...``."""
+    return list(range(rank, lanes, world))
+
+
+def cut(encoder: Encoder, chunk: EncodedChunk, step: npt.NDArray[np.int64], first: int, last: int) -> Iterator[Batch]:
+    """The batches of steps ``[first, last)`` of an encoded chunk whose rows are in step order."""
+    bounds = np.searchsorted(step, np.arange(first, last + 1), "left")
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        yield encoder.batch(chunk, start, stop)
+
+
+class ArrowReader:
+    """Reads lane files with pyarrow in this process; a thread prefetches the next chunk.
+
+    Args:
+        plan: what to read.
+        encoder: how to turn it into tensors.
+        rank, world: which lanes are ours.
+    """
+
+    def __init__(self, plan: ReadPlan, encoder: Encoder, rank: int = 0, world: int = 1) -> None:
+        self.plan, self.encoder, self.rank, self.world = plan, encoder, rank, world
+        self._cache = LaneCache(plan)
+
+    def steps(self, period: str) -> int:
+        return count_steps(self.plan, self._cache.manifest(period))
+
+    def batches(self, period: str, start: int = 0) -> Iterator[Batch]:
+        total, size = self.steps(period), chunk_steps(self.plan)
+        lanes = rank_lanes(self._cache.manifest(period).lanes, self.rank, self.world)
+
+        def load(first: int) -> tuple[EncodedChunk, npt.NDArray[np.int64], int, int]:
+            last = min(total, first + size)
+            table, step, kind, values, mask = read_steps(self.plan, self._cache, period, lanes, first, last)
+            return self.encoder.encode(table, kind, values, mask), step, first, last
+
+        for chunk, step, first, last in prefetch(load, range(start, total, size)):
+            yield from cut(self.encoder, chunk, step, first, last)
+
+
+class RayDataReader:
+    """Reads through one Ray Data pipeline over the known periods; they must be asked for in order.
+
+    Each task reads and joins the rows of a run of steps for one rank and hands back one Arrow block; the pipeline
+    preserves order, so blocks come back as planned and several are in flight while the trainer works.
+
+    Args:
+        plan: what to read. Its look-ups travel to the tasks.
+        encoder: how to turn blocks into tensors, in this process.
+        periods: the periods to read, in order.
+        start: the cursor (step of the first period) to start at.
+        cpus: CPUs of a reading task.
+    """
+
+    def __init__(
+        self,
+        plan: ReadPlan,
+        encoder: Encoder,
+        periods: Sequence[str],
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+        cpus: float = 0.25,
+    ) -> None:
+        self.plan, self.encoder, self.cpus = plan, encoder, cpus
+        self._cache = LaneCache(plan)
+        self.periods = list(periods)
+        self._spans: list[tuple[str, int, int]] = []
+        size = chunk_steps(plan)
+        for position, period in enumerate(self.periods):
+            total = self.steps(period)
+            self._spans += [
+                (period, first, min(total, first + size)) for first in range(start if position == 0 else 0, total, size)
+            ]
+        self._blocks = self._run(rank, world)
+
+    def steps(self, period: str) -> int:
+        return count_steps(self.plan, self._cache.manifest(period))
+
+    def _run(self, rank: int, world: int) -> Iterator[tuple[tuple[str, int, int], pa.Table]]:
+        import ray.data
+
+        plan = self.plan
+        spans = self._spans
+        lanes = [plan.store.manifest(period).lanes for period, _, _ in spans]
+
+        class ReadSpan:
+            """Keeps lane boundaries between the spans of one task."""
+
+            def __init__(self) -> None:
+                self.cache = LaneCache(plan)
+
+            def __call__(self, block: pa.Table) -> pa.Table:
+                position = block["span"][0].as_py()
+                period, first, last = spans[position]
+                table, step, kind, values, mask = read_steps(
+                    plan, self.cache, period, rank_lanes(lanes[position], rank, world), first, last
+                )
+                return (
+                    table.append_column(STEP, pa.array(step))
+                    .append_column(KIND, pa.array(kind))
+                    .append_column(SUPERVISION, _matrix(values))
+                    .append_column(SUPERVISION_MASK, _matrix(mask.astype(np.uint8)))
+                )
+
+        read = ReadSpan()
+        with quiet_ray_data(ordered=True):
+            # from_items, not from_arrow: that one runs a task of a whole CPU, which a small machine may not have free.
+            dataset: ray.data.Dataset = ray.data.from_items(
+                [{"span": position} for position in range(len(spans))], override_num_blocks=len(spans)
+            ).map_batches(read.__call__, batch_size=None, batch_format="pyarrow", num_cpus=self.cpus)
+            blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        for span in spans:
+            block = next(blocks, None)
+            if block is None:
+                raise DataError(f"Ray Data gave no block for steps {span[1]}..{span[2]} of period {span[0]}")
+            yield span, block
+
+    def batches(self, period: str, start: int = 0) -> Iterator[Batch]:
+        total = self.steps(period)
+        while start < total:
+            (found, first, last), table = next(self._blocks)
+            if (found, first) != (period, start):
+                raise DataError(
+                    f"periods must be read in order: step {start} of {period} was asked for, step {first} of "
+                    f"{found} is next; start a reader at the period wanted"
+                )
+            width = len(self.plan.supervision)
+            rows = table.num_rows
+            values = _column(table, SUPERVISION).reshape(rows, width)
+            mask = _column(table, SUPERVISION_MASK).reshape(rows, width).astype(np.bool_)
+            chunk = self.encoder.encode(table, _column(table, KIND), values, mask)
+            yield from cut(self.encoder, chunk, _column(table, STEP), first, last)
+            start = last
+        if period == self.periods[-1]:
+            for _ in self._blocks:  # lets the pipeline finish instead of being torn down at exit
+                raise DataError(f"Ray Data gave a block beyond the last step of period {period}")
+
+
+def _matrix(values: npt.NDArray[Any]) -> pa.Array:
+    """``[N, S]`` as an Arrow column of fixed-size lists (an all-null column where S is 0)."""
+    rows, width = values.shape
+    if width == 0:
+        return pa.nulls(rows)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
+
+
+def _column(table: pa.Table, name: str) -> npt.NDArray[Any]:
+    column = table[name].combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0)
+    if pa.types.is_null(column.type):
+        return np.zeros(0, np.float32)
+    flat = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
+    values: npt.NDArray[Any] = flat.to_numpy(zero_copy_only=False)
+    return values.copy() if not values.flags.writeable else values
+
+
+@contextmanager
+def quiet_ray_data(ordered: bool = False) -> Iterator[None]:
+    """Ray Data without progress bars; ``ordered``: blocks come back in the order they were planned.
+
+    A dataset made inside keeps these settings for its life.
+    """
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing it has just set its own level
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = ordered
+    with ray.data.DataContext.current(context):
+        yield
+
+
+def prefetch(load: Callable[[int], ItemT], starts: Sequence[int]) -> Iterator[ItemT]:
+    """``load(start)`` for each start, in order, one ahead in a thread. An error in the thread is raised here."""
+    if len(starts) <= 1:
+        yield from map(load, starts)
+        return
+    results: queue.Queue[tuple[ItemT | None, BaseException | None]] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+
+    def put(item: tuple[ItemT | None, BaseException | None]) -> bool:
+        while not stopped.is_set():
+            try:
+                results.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        try:
+            for start in starts:
+                if not put((load(start), None)):
+                    return
+        except BaseException as error:
+            put((None, error))
+
+    thread = threading.Thread(target=work, name="rayfm-prefetch", daemon=True)
+    thread.start()
+    try:
+        for _ in starts:
+            item, error = results.get()
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+    finally:
+        stopped.set()
+        thread.join()

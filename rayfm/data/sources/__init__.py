@@ -1,0 +1,1 @@
+"""Raw logs: one module a source."""

@@ -1,0 +1,70 @@
+"""What a source is: raw logs as Arrow blocks of examples."""
+
+from __future__ import annotations
+
+import datetime
+from typing import TYPE_CHECKING
+
+from rayfm.config import Config, Registry
+from rayfm.schema import Schema
+
+if TYPE_CHECKING:
+    import ray.data
+
+SOURCES = Registry("source", "rayfm.data.sources", "rayfm.simulator")
+
+TRUTH_PREFIX = "truth/"
+"""``truth/<task>``: the true probability, which only a simulator knows. Stored apart, read by evaluation alone."""
+
+KIND_COLUMN = "kind"
+
+
+class Period(Config):
+    """One unit of the stream: ``[start, end)`` in UTC."""
+
+    name: str
+    start: datetime.datetime
+    end: datetime.datetime
+
+    @property
+    def start_us(self) -> int:
+        return round(self.start.timestamp() * 1e6)
+
+    @property
+    def end_us(self) -> int:
+        return round(self.end.timestamp() * 1e6)
+
+
+class SourceConfig(Config):
+    """What every source's config has; a source's own ``Config`` adds ``type: Literal[...]`` and where the logs are."""
+
+
+class Source:
+    """Base of the sources. A subclass registers itself with ``@SOURCES.register(name)`` and nests a ``Config``."""
+
+    cpus_per_task: float = 1.0
+    """CPUs that each task of `dataset` asks of Ray; `prepare` sets it to its own, so that Ray Data fuses the two."""
+
+    def __init__(self, config: SourceConfig, schema: Schema) -> None:
+        self.config, self.schema = config, schema
+
+    def periods(self) -> list[Period]:
+        """The periods that the source has, in time order.
+
+        Raises:
+            DataError: the logs are missing or unreadable.
+        """
+        raise NotImplementedError
+
+    def dataset(self, periods: list[Period]) -> ray.data.Dataset:
+        """The examples of ``periods`` as a streaming dataset of Arrow blocks, in any order.
+
+        Columns: the schema's ``arrow_schema()``; ``kind`` (string, ``impression`` or ``consideration``); any reserved
+        or ``logged/`` column; ``truth/<task>`` where known. Rows need not be valid: ``prepare`` checks each one.
+        The same config gives the same rows on every call.
+        """
+        raise NotImplementedError
+
+    def estimated_rows(self) -> int:
+        """About how many examples all periods have, for the disk check and the progress; 0 where unknown."""
+        return 0

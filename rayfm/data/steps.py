@@ -1,0 +1,267 @@
+"""Which rows make which global step: the arithmetic that both readers share, so that their batches are equal.
+
+Global step k takes rows ``[k * b, (k + 1) * b)`` of each lane, b = batch size / lanes. A consideration joins the step
+of the first impression of its lane that is not earlier; those after the lane's last impression join its last step.
+Nothing here knows how many workers there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rayfm.config import ConfigError, DataError
+from rayfm.data.batch import CONSIDERATION, IMPRESSION
+from rayfm.data.store import ExampleStore, PeriodManifest
+from rayfm.schema import EXAMPLE_ID, LOGGED_PREFIX, TIME, Kind, unit_interval
+
+CONSIDERATION_SALT = 0x5EED
+"""Salt of the hash that samples considerations."""
+
+STEP, KIND, SUPERVISION, SUPERVISION_MASK = "__step", "__kind", "__supervision", "__supervision_mask"
+
+Float32 = npt.NDArray[np.float32]
+Bool = npt.NDArray[np.bool_]
+
+
+class Lookup(Protocol):
+    """Supervision by place: what the label store (or the simulator's truth) knows about rows of a lane."""
+
+    columns: tuple[str, ...]
+    """Names of the supervision columns, ``S'`` of them."""
+
+    def rows(
+        self, period: str, kind: Kind, lane: int, start: int, stop: int, ids: npt.NDArray[np.int64]
+    ) -> tuple[Float32, Bool]:
+        """Values ``[stop - start, S']`` and mask of rows ``[start, stop)`` of a lane whose example ids are ``ids``."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadPlan:
+    """What a reader reads, apart from which rank it is."""
+
+    store: ExampleStore
+    columns: tuple[str, ...]
+    """Columns of the example store (reserved ones are read where present)."""
+    batch_size: int
+    """Global batch size in impressions, a multiple of the number of lanes."""
+    supervision: tuple[str, ...] = ()
+    lookups: tuple[Lookup, ...] = ()
+    consideration_share: float = 0.0
+    """Share of the considerations to read, chosen by a hash of the example id."""
+
+    def rows_per_lane(self, lanes: int) -> int:
+        if self.batch_size % lanes:
+            raise ConfigError(
+                f"batch_size {self.batch_size} is not a multiple of the {lanes} lanes of {self.store.root}; "
+                f"take {max(1, self.batch_size // lanes) * lanes}"
+            )
+        return self.batch_size // lanes
+
+
+def count_steps(plan: ReadPlan, manifest: PeriodManifest) -> int:
+    """Steps of a period: every rank takes this many."""
+    longest = max((manifest.lane_rows("impression", lane) for lane in range(manifest.lanes)), default=0)
+    return math.ceil(longest / plan.rows_per_lane(manifest.lanes))
+
+
+@dataclasses.dataclass
+class LaneSteps:
+    """Where the steps of one lane lie: computed once per lane and period from its time columns."""
+
+    impressions: int
+    per_step: int
+    considerations: npt.NDArray[np.int64]
+    """Rows of the sampled considerations."""
+    consideration_steps: npt.NDArray[np.int64]
+    """Step of each sampled consideration; rises."""
+
+    @classmethod
+    def of(cls, plan: ReadPlan, manifest: PeriodManifest, lane: int) -> LaneSteps:
+        per_step = plan.rows_per_lane(manifest.lanes)
+        impressions = manifest.lane_rows("impression", lane)
+        empty = np.zeros(0, np.int64)
+        if plan.consideration_share <= 0 or not manifest.lane_rows("consideration", lane) or not impressions:
+            return cls(impressions, per_step, empty, empty)
+        times = _read_column(plan.store, manifest.period, "impression", lane, TIME)
+        ids = _read_column(plan.store, manifest.period, "consideration", lane, EXAMPLE_ID)
+        seen = _read_column(plan.store, manifest.period, "consideration", lane, TIME)
+        rows = np.flatnonzero(unit_interval(ids, CONSIDERATION_SALT) < plan.consideration_share)
+        position = np.minimum(np.searchsorted(times, seen[rows], "left"), impressions - 1)
+        return cls(impressions, per_step, rows, position // per_step)
+
+
+class LaneCache:
+    """Opened lane files and step boundaries of the period being read."""
+
+    def __init__(self, plan: ReadPlan) -> None:
+        self.plan = plan
+        self._period = ""
+        self._manifest: PeriodManifest | None = None
+        self._steps: dict[int, LaneSteps] = {}
+        self._files: dict[tuple[Kind, int], pq.ParquetFile] = {}
+        self._groups: dict[tuple[Kind, int], dict[int, pa.Table]] = {}
+
+    def manifest(self, period: str) -> PeriodManifest:
+        if period != self._period or self._manifest is None:
+            self._manifest = self.plan.store.manifest(period)
+            self._period = period
+            self._steps.clear()
+            self._files.clear()
+            self._groups.clear()
+        return self._manifest
+
+    def steps(self, period: str, lane: int) -> LaneSteps:
+        manifest = self.manifest(period)
+        if lane not in self._steps:
+            self._steps[lane] = LaneSteps.of(self.plan, manifest, lane)
+        return self._steps[lane]
+
+    def read(self, period: str, kind: Kind, lane: int, start: int, stop: int) -> pa.Table:
+        """Rows ``[start, stop)`` of a lane: the row groups that overlap, cut without a copy."""
+        self.manifest(period)
+        file = self._files.get((kind, lane))
+        if file is None:
+            file = self._files[kind, lane] = self.plan.store.open_lane(period, kind, lane)
+        names = set(file.schema_arrow.names)
+        columns = [name for name in self.plan.columns if name in names]
+        groups: list[int] = []
+        first, offset = 0, 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if offset < stop and offset + rows > start:
+                first = offset if not groups else first
+                groups.append(group)
+            offset += rows
+        # A chunk is smaller than a row group: what was decoded for the chunk before is not decoded again.
+        held = self._groups.get((kind, lane), {})
+        try:
+            held = {
+                group: held[group] if group in held else file.read_row_group(group, columns, use_threads=False)
+                for group in groups
+            }
+        except (OSError, pa.ArrowInvalid) as error:
+            path = self.plan.store.lane_path(period, kind, lane)
+            raise DataError(f"{path}: corrupt Parquet file ({error}); prepare period {period} again") from None
+        self._groups[kind, lane] = held
+        return pa.concat_tables(held.values()).slice(start - first, stop - start)
+
+
+def read_steps(
+    plan: ReadPlan, cache: LaneCache, period: str, lanes: Sequence[int], first: int, last: int
+) -> tuple[pa.Table, npt.NDArray[np.int64], npt.NDArray[np.int64], Float32, Bool]:
+    """The rows of ``lanes`` for steps ``[first, last)``, in step order.
+
+    Returns:
+        The table (N rows), step ``[N]``, kind ``[N]``, supervision ``[N, S]`` and its mask.
+    """
+    pieces: list[pa.Table] = []
+    steps: list[npt.NDArray[np.int64]] = []
+    kinds: list[npt.NDArray[np.int64]] = []
+    values: list[Float32] = []
+    masks: list[Bool] = []
+    for lane in lanes:
+        boundaries = cache.steps(period, lane)
+        per_step = boundaries.per_step
+        start = min(first * per_step, boundaries.impressions)
+        stop = min(last * per_step, boundaries.impressions)
+        if stop > start:
+            rows = np.arange(start, stop)
+            table = cache.read(period, "impression", lane, start, stop)
+            value, mask = _supervision(plan, table, period, "impression", lane, rows)
+            pieces.append(table)
+            steps.append(rows // per_step)
+            kinds.append(np.full(len(rows), IMPRESSION, np.int64))
+            values.append(value)
+            masks.append(mask)
+        chosen = slice(*np.searchsorted(boundaries.consideration_steps, [first, last], "left"))
+        rows = boundaries.considerations[chosen]
+        if len(rows):
+            table = cache.read(period, "consideration", lane, int(rows[0]), int(rows[-1]) + 1)
+            if len(rows) < table.num_rows:
+                table = table.take(pa.array(rows - rows[0]))
+            value, mask = _supervision(plan, table, period, "consideration", lane, rows)
+            pieces.append(table)
+            steps.append(boundaries.consideration_steps[chosen])
+            kinds.append(np.full(len(rows), CONSIDERATION, np.int64))
+            values.append(value)
+            masks.append(mask)
+    if not pieces:
+        table = plan.store.open_lane(period, "impression", 0).schema_arrow.empty_table()
+        none = np.zeros(0, np.int64)
+        shape = (0, len(plan.supervision))
+        return table, none, none, np.zeros(shape, np.float32), np.zeros(shape, np.bool_)
+    step = np.concatenate(steps)
+    order = np.argsort(step, kind="stable")
+    table = pa.concat_tables(pieces, promote_options="default").take(pa.array(order))
+    return (
+        table,
+        step[order],
+        np.concatenate(kinds)[order],
+        np.concatenate(values)[order],
+        np.concatenate(masks)[order],
+    )
+
+
+def _supervision(
+    plan: ReadPlan, table: pa.Table, period: str, kind: Kind, lane: int, rows: npt.NDArray[np.int64]
+) -> tuple[Float32, Bool]:
+    values = np.zeros((len(rows), len(plan.supervision)), np.float32)
+    mask = np.zeros((len(rows), len(plan.supervision)), np.bool_)
+    if not plan.supervision:
+        return values, mask
+    ids = table[EXAMPLE_ID].to_numpy()
+    start, stop = int(rows[0]), int(rows[-1]) + 1
+    found: dict[str, tuple[Float32, Bool]] = {}
+    for lookup in plan.lookups:
+        if not set(lookup.columns) & set(plan.supervision):
+            continue
+        if stop - start == len(rows):
+            value, known = lookup.rows(period, kind, lane, start, stop, ids)
+        else:
+            every = _read_column(plan.store, period, kind, lane, EXAMPLE_ID)[start:stop]
+            value, known = lookup.rows(period, kind, lane, start, stop, every)
+            value, known = value[rows - start], known[rows - start]
+        found |= {name: (value[:, i], known[:, i]) for i, name in enumerate(lookup.columns)}
+    for position, name in enumerate(plan.supervision):
+        if name in found:
+            values[:, position], mask[:, position] = found[name]
+        elif name.startswith(LOGGED_PREFIX) and name in table.column_names:
+            column = table[name].combine_chunks()
+            mask[:, position] = column.is_valid().to_numpy(zero_copy_only=False)
+            values[:, position] = pc.fill_null(column, pa.scalar(0.0, column.type)).to_numpy(zero_copy_only=False)
+    return values, mask
+
+
+def _read_column(store: ExampleStore, period: str, kind: Kind, lane: int, name: str) -> npt.NDArray[np.int64]:
+    table = store.open_lane(period, kind, lane).read(columns=[name], use_threads=False)
+    values: npt.NDArray[np.int64] = table[name].to_numpy()
+    return values
+
+
+class TruthLookup:
+    """The simulator's true probabilities, for evaluation alone: columns ``truth/<task>``."""
+
+    def __init__(self, store: ExampleStore, columns: tuple[str, ...]) -> None:
+        self.store, self.columns = store, columns
+        self._cached: tuple[tuple[str, Kind, int], Float32] | None = None
+
+    def rows(
+        self, period: str, kind: Kind, lane: int, start: int, stop: int, ids: npt.NDArray[np.int64]
+    ) -> tuple[Float32, Bool]:
+        """As `Lookup.rows`; truth files have their lane's order."""
+        key = (period, kind, lane)
+        if self._cached is None or self._cached[0] != key:
+            table = pq.read_table(self.store.truth_path(period, kind, lane), columns=list(self.columns))
+            self._cached = key, np.stack([table[name].to_numpy() for name in self.columns], 1).astype(np.float32)
+        values = self._cached[1][start:stop]
+        return values, ~np.isnan(values)
