@@ -1,0 +1,1 @@
+"""A trained model as a served one: unsharded, calibrated, checked."""

@@ -1,0 +1,65 @@
+"""What every model is: ``Batch -> ModelOutput``, with embeddings through TorchRec collections alone.
+
+Shape letters: B examples, H width of the representation, F embedded features, E embedding dimension, D dense features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from rayfm.config import Config, Registry
+from rayfm.data.batch import Batch
+from rayfm.schema import Schema
+
+MODELS = Registry("model", "rayfm.models")
+
+
+@dataclasses.dataclass
+class ModelOutput:
+    """What a model predicts, before any objective looks at it."""
+
+    representation: Tensor
+    """float32 ``[B, H]``: the backbone's last shared layer, which auxiliary heads read (ExFM's x)."""
+    logits: dict[str, Tensor]
+    """Task -> float32 ``[B]``: a logit for a binary task, the (transformed) value for a regression."""
+
+
+class ModelConfig(Config):
+    """What every model's config has. A model's own ``Config`` adds ``type: Literal[...]`` and its sizes."""
+
+    features: tuple[str, ...] | None = None
+    """Names of the features that the model reads; by default all of the schema's."""
+    embedding_dim: int = Field(16, gt=0, multiple_of=4)
+    """E. The fused tables of fbgemm need a multiple of 4."""
+
+
+class Model(nn.Module):
+    """Base of the models. A subclass registers itself with ``@MODELS.register(name)`` and nests a ``Config``.
+
+    Every subclass also takes the keyword ``embedding_device``, where its embedding collections are built: ``meta`` for
+    a model that will be sharded, by default the device of everything else. Models are built by ``build_model``.
+
+    Args:
+        config: the model's own config.
+        schema: the pipeline's schema.
+        tasks: the tasks to predict, each with a logit.
+
+    Attributes:
+        representation_dim: H.
+    """
+
+    representation_dim: int
+
+    def __init__(self, config: ModelConfig, schema: Schema, tasks: tuple[str, ...]) -> None:
+        super().__init__()
+        self.config, self.schema, self.tasks = config, schema, tasks
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        raise NotImplementedError
+
+
+Precision = Literal["fp32", "bf16"]

@@ -1,0 +1,49 @@
+"""A schema with every kind of feature, small configs of every model, and random batches of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rayfm.data.batch import Batch
+from rayfm.models import MODELS, Model, build_model
+from rayfm.models.synthetic import synthetic_batch
+from rayfm.schema import Feature, Schema, Table, Task
+
+TASKS = ("click", "watch")
+SUPERVISION = ("fm/click", "fm/watch")
+
+SCHEMA = Schema(
+    tables={"user": Table(rows=40), "video": Table(rows=60), "tag": Table(rows=20), "topic": Table(rows=12)},
+    features=(
+        Feature(name="age", kind="dense"),
+        Feature(name="video", kind="sparse"),
+        Feature(name="user", kind="sparse"),
+        Feature(name="watched", kind="sequence", table="video", max_len=6),
+        Feature(name="tags", kind="multi", table="tag", max_len=4),
+        Feature(name="duration", kind="dense"),
+        Feature(name="topics", kind="weighted", table="topic", max_len=3),
+        Feature(name="liked", kind="sequence", table="video", max_len=6),
+        Feature(name="country", kind="sparse", table="user"),
+    ),
+    tasks=(Task(name="click", weight=2.0), Task(name="watch", kind="regression")),
+)
+
+SIZES: dict[str, dict[str, Any]] = {
+    "dlrm": {"dense": (8,), "over": (16, 12)},
+    "dcnv2": {"hidden": (16, 12)},
+    "fm": {},
+    "deepfm": {"hidden": (16, 12)},
+    "two_tower": {"item_features": ("video", "tags", "duration"), "hidden": (16,), "vector_dim": 12},
+}
+
+
+def small_config(kind: str, **changes: Any) -> Any:
+    return MODELS[kind].Config(**{"embedding_dim": 8, **SIZES[kind], **changes})
+
+
+def small_model(kind: str, tasks: tuple[str, ...] = TASKS, seed: int = 0, **changes: Any) -> Model:
+    return build_model(small_config(kind, **changes), SCHEMA, tasks, seed=seed)
+
+
+def random_batch(rows: int = 32, seed: int = 0, **options: Any) -> Batch:
+    return synthetic_batch(SCHEMA, rows, seed=seed, **{"supervision": SUPERVISION, **options})
