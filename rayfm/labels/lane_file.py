@@ -1,0 +1,222 @@
+"""Step one of labelling: a worker writes one lane's predictions to a data file and hands the driver a small record.
+
+The file belongs to no table yet. Step two (`rayfm.labels.LabelStore.commit`) makes the files of many records visible
+at once, so no prediction passes the driver; files of a job that was killed stay invisible and are vacuumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rayfm.config import Config, LabelError
+from rayfm.labels.columns import (
+    EXAMPLE_ID,
+    KIND,
+    LANE,
+    PERIOD,
+    PLACE,
+    REPRESENTATION,
+    ROW,
+    TEACHER,
+    VERSION,
+    check_leak,
+    check_part,
+    task_column,
+)
+from rayfm.schema import KINDS, Kind, Task
+
+ROW_GROUP_ROWS = 32_768
+"""Rows that a look-up reads at once."""
+
+
+class LaneRecord(Config):
+    """What a worker wrote: plain values, for the driver to commit."""
+
+    teacher: str
+    version: str
+    trained_through: str | None
+    period: str
+    kind: Kind
+    lane: int
+    rows: int
+    labelled: int
+    """Rows with at least one prediction."""
+
+    tasks: tuple[str, ...]
+    path: str
+    """Relative to the table."""
+
+    bytes: int
+    modified_ms: int
+    stats: str
+    """Statistics of the columns, as Delta Lake's log holds them: JSON."""
+
+
+def write_lane_file(
+    root: str | Path,
+    *,
+    teacher: str,
+    version: str,
+    trained_through: str | None,
+    period: str,
+    kind: Kind,
+    lane: int,
+    labels: pa.Table,
+    tasks: Sequence[Task],
+) -> LaneRecord:
+    """Write a lane's predictions below ``<root>/labels``, durably and invisibly.
+
+    Args:
+        root: as `LabelStore`'s.
+        teacher, version, trained_through: the snapshot that made the predictions, and the last period it saw.
+        period, kind, lane: the lane.
+        labels: ``example_id`` (int64); a floating column per task, called as the task, null where there is no
+            prediction; optional ``row`` (int64, the position in the lane; by default 0, 1, ...), optional
+            ``representation`` (a fixed-size list of floats).
+        tasks: what the teacher predicts.
+
+    Raises:
+        LabelError: a leak; a column is missing or of another type; a prediction is NaN, infinite or, for a binary task,
+            not in [0, 1]; a position is negative or stands twice; the folder cannot be written.
+    """
+    check_part("teacher", teacher), check_part("version", version), check_part("period", period)
+    check_leak(teacher, version, trained_through, period)
+    where = f"labels of {teacher}@{version} for {period}/{kind}/lane {lane}"
+    if kind not in KINDS or lane < 0:
+        raise LabelError(f"{where}: kind is one of {list(KINDS)}, a lane is 0 or more")
+    table = _sorted_rows(where, labels)
+    columns = {
+        VERSION: pa.repeat(version, table.num_rows),
+        KIND: pa.repeat(kind, table.num_rows),
+        LANE: pa.repeat(pa.scalar(lane, pa.int32()), table.num_rows),
+        ROW: table[ROW],
+        EXAMPLE_ID: table[EXAMPLE_ID],
+    }
+    if not tasks:
+        raise LabelError(f"{where}: no tasks; name what the teacher predicts")
+    columns |= {task_column(task.name): _predictions(where, table, task) for task in tasks}
+    if REPRESENTATION in table.column_names:
+        columns[REPRESENTATION] = _representation(where, table[REPRESENTATION])
+    data = pa.table(columns)
+    relative = f"{TEACHER}={teacher}/{PERIOD}={period}/{version}-{kind}-lane-{lane:05d}-{uuid.uuid4().hex[:16]}.parquet"
+    size, modified_ms = _write(Path(root) / "labels" / relative, data)
+    known = [data[task_column(task.name)].is_valid() for task in tasks]
+    labelled = known[0]
+    for other in known[1:]:
+        labelled = pc.or_(labelled, other)
+    return LaneRecord(
+        teacher=teacher,
+        version=version,
+        trained_through=trained_through,
+        period=period,
+        kind=kind,
+        lane=lane,
+        rows=data.num_rows,
+        labelled=pc.sum(labelled).as_py() or 0,
+        tasks=tuple(task.name for task in tasks),
+        path=relative,
+        bytes=size,
+        modified_ms=modified_ms,
+        stats=json.dumps(_stats(data, {VERSION: version, KIND: kind, LANE: lane})),
+    )
+
+
+def _sorted_rows(where: str, labels: pa.Table) -> pa.Table:
+    """The labels sorted by position, positions and ids checked."""
+    table = labels
+    if ROW not in table.column_names:
+        table = table.append_column(ROW, pa.array(np.arange(table.num_rows, dtype=np.int64)))
+    for name in (EXAMPLE_ID, ROW):
+        if name not in table.column_names:
+            raise LabelError(f"{where}: column {name!r} is missing; give it")
+        if table[name].type != PLACE[name] or table[name].null_count:
+            raise LabelError(f"{where}: column {name!r} is {table[name].type}; it must be int64 without nulls")
+    rows = table[ROW].to_numpy()
+    if len(rows) and (np.diff(rows) <= 0).any():
+        order = np.argsort(rows, kind="stable")
+        table, rows = table.take(pa.array(order)), rows[order]
+        twice = np.flatnonzero(np.diff(rows) == 0)
+        if len(twice):
+            raise LabelError(f"{where}: row {rows[twice[0]]} stands twice; give each row once")
+    if len(rows) and rows[0] < 0:
+        raise LabelError(f"{where}: row {rows[0]} is negative; rows count from 0")
+    return table
+
+
+def _predictions(where: str, table: pa.Table, task: Task) -> pa.ChunkedArray:
+    """A task's predictions as float32, refused unless each is null or usable."""
+    if task.name not in table.column_names:
+        raise LabelError(f"{where}: column {task.name!r} is missing; give the teacher's predictions for the task")
+    column = table[task.name]
+    if not (pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
+        raise LabelError(f"{where}: column {task.name!r} is {column.type}; predictions are floats")
+    column = column.cast(pa.float32())
+    good = pc.is_finite(column)
+    wanted = "finite"
+    if task.kind == "binary":
+        good = pc.and_(good, pc.and_(pc.greater_equal(column, 0.0), pc.less_equal(column, 1.0)))
+        wanted = "a probability in [0, 1]"
+    bad = pc.invert(pc.fill_null(good, True))
+    if pc.any(bad).as_py():
+        first = pc.index(bad, True).as_py()
+        count = pc.sum(bad).as_py()
+        raise LabelError(
+            f"{where}: row {table[ROW][first]} (example {table[EXAMPLE_ID][first]}), task {task.name!r}: prediction "
+            f"{column[first]} is not {wanted} ({count} such rows); fix the teacher, or leave the rows null"
+        )
+    return column
+
+
+def _representation(where: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    kind = column.type
+    if not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type):
+        raise LabelError(f"{where}: column {REPRESENTATION!r} is {kind}; give a fixed-size list of floats")
+    return column.cast(pa.list_(pa.float32(), kind.list_size))
+
+
+def _write(path: Path, data: pa.Table) -> tuple[int, int]:
+    """Write a data file durably under its name or not at all; its size and modification time in milliseconds."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                pq.write_table(
+                    data,
+                    file,
+                    row_group_size=ROW_GROUP_ROWS,
+                    compression="zstd",
+                    use_dictionary=[VERSION, KIND, LANE],
+                )
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        status = path.stat()
+    except OSError as error:
+        raise LabelError(f"{path}: cannot write ({error.strerror or error}); free space or fix access") from None
+    return status.st_size, int(status.st_mtime * 1000)
+
+
+def _stats(data: pa.Table, place: dict[str, Any]) -> dict[str, Any]:
+    """Row count, null counts and the bounds of what look-ups prune by."""
+    stats: dict[str, Any] = {
+        "numRecords": data.num_rows,
+        "nullCount": {name: data[name].null_count for name in data.column_names if name != REPRESENTATION},
+    }
+    bounds = {name: pc.min_max(data[name]) for name in (ROW, EXAMPLE_ID)} if data.num_rows else {}
+    for end, side in (("minValues", "min"), ("maxValues", "max")):
+        # The place is stated even where there are no rows: an empty lane is labelled too.
+        stats[end] = {**place, **{name: bound[side].as_py() for name, bound in bounds.items()}}
+    return stats

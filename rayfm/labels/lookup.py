@@ -1,0 +1,310 @@
+"""Looking labels up by place: what a reader asks for each run of rows of a lane.
+
+A lane's labels are sorted by position, so rows ``[start, stop)`` of the lane are one slice of them. The ids must agree;
+where they do not (the period was prepared anew in between), the rows are joined by id within the lane. A row without a
+label is masked, never guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+
+from rayfm.config import LabelError
+from rayfm.labels.columns import EXAMPLE_ID, KIND, LANE, ROW, TASK_PREFIX, VERSION, task_column
+from rayfm.labels.index import LabelFile, label_files
+from rayfm.labels.pins import Pin
+from rayfm.labels.store import LabelStore
+from rayfm.schema import Kind
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+KEPT_GROUPS = 2
+"""Row groups of a lane that stay in memory: runs of rows are asked for in order, and one may straddle two groups."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelRows:
+    """Labels in the order of their positions. Shape letters: N labels, S tasks."""
+
+    row: Int64
+    example_id: Int64
+    values: Float32
+    """``[N, S]``, 0 where there is none."""
+
+    mask: Bool
+    """``[N, S]``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowGroup:
+    """A row group that may hold rows of the lane, at positions in ``[low, high]``."""
+
+    path: Path
+    index: int
+    low: int
+    high: int
+    mixed: bool
+    """Whether it may also hold rows of other lanes (after a compaction)."""
+
+
+class LaneLabels:
+    """One lane's labels by one teacher version.
+
+    Args:
+        files: data files that may hold them.
+        version, kind, lane: which rows of the files are meant.
+        tasks: the columns of the answers.
+        name: for messages.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], version: str, kind: Kind, lane: int, tasks: tuple[str, ...], name: str
+    ) -> None:
+        self.version, self.kind, self.lane, self.tasks, self.name = version, kind, lane, tasks, name
+        self._groups = sorted(
+            (group for path in files for group in self._row_groups(path)), key=lambda group: (group.low, group.high)
+        )
+        self._kept: OrderedDict[_RowGroup, LabelRows] = OrderedDict()
+        self._by_id: tuple[Int64, LabelRows] | None = None
+
+    def rows(self, start: int, stop: int, example_ids: Int64) -> tuple[Float32, Bool]:
+        """Labels of rows ``[start, stop)`` of the lane, whose ids are ``example_ids`` ``[n]``.
+
+        Returns:
+            Values float32 ``[n, S]`` (0 where there is none) and mask ``[n, S]``, for n = stop - start. Not to be
+            written to.
+
+        Raises:
+            LabelError: a data file is missing, corrupt, or says two things about one row.
+        """
+        if len(example_ids) != stop - start:
+            raise ValueError(f"{len(example_ids)} ids for rows [{start}, {stop})")
+        found = self._between(start, stop)
+        if len(found.row) == stop - start and np.array_equal(found.example_id, example_ids):
+            return found.values, found.mask
+        count = stop - start
+        values = np.zeros((count, len(self.tasks)), np.float32)
+        mask = np.zeros((count, len(self.tasks)), np.bool_)
+        placed = np.zeros(count, np.bool_)
+        place = found.row - start
+        agree = found.example_id == example_ids[place]
+        values[place[agree]], mask[place[agree]] = found.values[agree], found.mask[agree]
+        placed[place[agree]] = True
+        rest = np.flatnonzero(~placed)
+        order, lane = self._joined()
+        if len(rest) and len(order):
+            sorted_ids = lane.example_id[order]
+            at = np.minimum(np.searchsorted(sorted_ids, example_ids[rest]), len(order) - 1)
+            hit = sorted_ids[at] == example_ids[rest]
+            source = order[at[hit]]
+            values[rest[hit]], mask[rest[hit]] = lane.values[source], lane.mask[source]
+        return values, mask
+
+    def _row_groups(self, path: Path) -> list[_RowGroup]:
+        """The row groups of a file that may hold rows of the lane."""
+        with _open(path) as file:
+            names = file.schema_arrow.names
+            for task in self.tasks:
+                if task_column(task) not in names:
+                    known = ", ".join(name.removeprefix(TASK_PREFIX) for name in names if name.startswith(TASK_PREFIX))
+                    raise LabelError(f"{self.name}: no predictions of task {task!r}; there are: {known}")
+            wanted = {VERSION: self.version, KIND: self.kind, LANE: self.lane}
+            found = []
+            for index in range(file.metadata.num_row_groups):
+                bounds = _bounds(file.metadata.row_group(index))
+                if all(low <= wanted[name] <= high for name, (low, high) in bounds.items() if name in wanted):
+                    low, high = bounds.get(ROW, (0, np.iinfo(np.int64).max))
+                    mixed = any(bounds.get(name) != (value, value) for name, value in wanted.items())
+                    found.append(_RowGroup(path, index, int(low), int(high), mixed))
+        return found
+
+    def _between(self, start: int, stop: int) -> LabelRows:
+        """Labels at positions ``[start, stop)``."""
+        parts = [self._read(group) for group in self._groups if group.low < stop and group.high >= start]
+        for group in list(self._kept)[: max(0, len(self._kept) - max(KEPT_GROUPS, len(parts)))]:
+            del self._kept[group]
+        cut = []
+        for part in parts:
+            low, high = np.searchsorted(part.row, (start, stop))
+            cut.append(
+                LabelRows(part.row[low:high], part.example_id[low:high], part.values[low:high], part.mask[low:high])
+            )
+        return self._merged(cut)
+
+    def _joined(self) -> tuple[Int64, LabelRows]:
+        """The whole lane, and the order of its ids. Kept, as a lane that needs it once needs it again."""
+        if self._by_id is None:
+            lane = self._merged([self._load(group) for group in self._groups])
+            self._by_id = np.argsort(lane.example_id, kind="stable"), lane
+        return self._by_id
+
+    def _merged(self, parts: Sequence[LabelRows]) -> LabelRows:
+        if not parts:
+            width = len(self.tasks)
+            return LabelRows(
+                np.zeros(0, np.int64),
+                np.zeros(0, np.int64),
+                np.zeros((0, width), np.float32),
+                np.zeros((0, width), bool),
+            )
+        merged = parts[0]
+        if len(parts) > 1:
+            fields = [field.name for field in dataclasses.fields(LabelRows)]
+            merged = LabelRows(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
+        if (np.diff(merged.row) > 0).all():
+            return merged
+        order = np.argsort(merged.row, kind="stable")
+        merged = LabelRows(merged.row[order], merged.example_id[order], merged.values[order], merged.mask[order])
+        twice = np.flatnonzero(np.diff(merged.row) == 0)
+        if len(twice):
+            raise LabelError(
+                f"{self.name}: row {merged.row[twice[0]]} is labelled twice; expire the version, label again"
+            )
+        return merged
+
+    def _read(self, group: _RowGroup) -> LabelRows:
+        if group not in self._kept:
+            self._kept[group] = self._load(group)
+        self._kept.move_to_end(group)
+        return self._kept[group]
+
+    def _load(self, group: _RowGroup) -> LabelRows:
+        columns = [ROW, EXAMPLE_ID, *map(task_column, self.tasks), *((VERSION, KIND, LANE) if group.mixed else ())]
+        with _open(group.path) as file:
+            try:
+                table = file.read_row_group(group.index, columns=columns, use_threads=False)
+            except (OSError, pa.ArrowInvalid) as error:
+                raise _unreadable(group.path, error) from None
+        if group.mixed:
+            ours = pc.and_(
+                pc.and_(pc.equal(table[VERSION], self.version), pc.equal(table[KIND], self.kind)),
+                pc.equal(table[LANE], self.lane),
+            )
+            table = table.filter(ours)
+        columns_of_tasks = [table[task_column(task)] for task in self.tasks]
+        loaded = LabelRows(
+            table[ROW].to_numpy(),
+            table[EXAMPLE_ID].to_numpy(),
+            np.stack([pc.fill_null(column, 0.0).to_numpy() for column in columns_of_tasks], 1),
+            np.stack([column.is_valid().to_numpy() for column in columns_of_tasks], 1),
+        )
+        for array in (loaded.values, loaded.mask):
+            array.setflags(write=False)  # answers are views of them
+        return self._merged([loaded])
+
+
+class LabelLookup:
+    """A teacher version's labels in one version of the table, by lane: the supervision that a reader is given.
+
+    Pickles without what it has read, so it can travel to reading tasks. One prefetching thread may use it beside the
+    training thread.
+
+    Args:
+        source: a pin; or the store's root and a table version (None: the newest now).
+        teacher, version: whose labels.
+        tasks: which predictions.
+
+    Attributes:
+        columns: ``<teacher>/<task>`` for each task.
+
+    Raises:
+        LabelError: no such table version, or a pin of another teacher or version.
+    """
+
+    def __init__(
+        self, source: Pin | tuple[str | Path, int | None], teacher: str, version: str, tasks: Sequence[str]
+    ) -> None:
+        if isinstance(source, Pin):
+            if (source.teacher, source.version) != (teacher, version):
+                raise LabelError(
+                    f"the pin is of {source.teacher}@{source.version}, not of {teacher}@{version}; pin what is read"
+                )
+            root: Path = Path(source.root)
+            number: int | None = source.table_version
+        else:
+            root, number = Path(source[0]), source[1]
+        if not tasks:
+            raise LabelError(f"no tasks of {teacher}@{version} to look up; name some")
+        table = LabelStore(root).open(number)
+        if table is None:
+            raise LabelError(f"{root / 'labels'}: no labels yet; run `rayfm label` first")
+        self.root, self.teacher, self.version, self.tasks = root, teacher, version, tuple(tasks)
+        self.table_version: int = table.version()
+        self.columns = tuple(f"{teacher}/{task}" for task in tasks)
+        self._files = self._by_period(table)
+        self._lanes: dict[tuple[str, Kind, int], LaneLabels] = {}
+        self._lock = threading.Lock()
+
+    def _by_period(self, table: DeltaTable) -> dict[str, list[LabelFile]]:
+        files: dict[str, list[LabelFile]] = {}
+        for file in label_files(table, self.teacher):
+            if file.may_hold(self.version):
+                files.setdefault(file.period, []).append(file)
+        return files
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_lanes": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def lane(self, period: str, kind: Kind, lane: int) -> LaneLabels:
+        """The labels of one lane; empty where there are none."""
+        files = [
+            self.root / "labels" / file.path
+            for file in self._files.get(period, [])
+            if file.may_hold(self.version, kind, lane)
+        ]
+        name = f"labels of {self.teacher}@{self.version} for {period}/{kind}/lane {lane}"
+        return LaneLabels(files, self.version, kind, lane, self.tasks, name)
+
+    def rows(self, period: str, kind: Kind, lane: int, start: int, stop: int, ids: Int64) -> tuple[Float32, Bool]:
+        """Values ``[n, S]`` and mask ``[n, S]`` of rows ``[start, stop)`` of a lane whose example ids are ``ids``.
+
+        Lanes stay open until another period is asked for: reads go through the periods in order.
+        """
+        with self._lock:
+            key = (period, kind, lane)
+            if key not in self._lanes:
+                if any(known != period for known, _, _ in self._lanes):
+                    self._lanes.clear()
+                self._lanes[key] = self.lane(period, kind, lane)
+            return self._lanes[key].rows(start, stop, ids)
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> LabelError:
+    return LabelError(f"{path}: missing or corrupt label file ({error}); label the period again")
+
+
+def _bounds(group: pq.RowGroupMetaData) -> dict[str, tuple[Any, Any]]:
+    """Column -> lowest and highest value in a row group, of the columns that have statistics."""
+    columns = [group.column(index) for index in range(group.num_columns)]
+    return {
+        column.path_in_schema: (column.statistics.min, column.statistics.max)
+        for column in columns
+        if column.path_in_schema in (VERSION, KIND, LANE, ROW)
+        and column.statistics is not None
+        and column.statistics.has_min_max
+    }

@@ -1,0 +1,165 @@
+"""Collecting old versions without pulling one from under a reader (ExFM section 3.2: the store's lease collects).
+
+Two hands that never trust each other. A task *expires* a version: it writes a tombstone into the metadata store. The
+publisher *sweeps*: it deletes the files of a tombstoned version that no lease protects. A reader *holds* a version
+before it touches a file: it takes a lease first and looks for the tombstone second. The store is strongly consistent,
+so either the reader sees the tombstone and lets go, or the sweep sees the lease and waits.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+
+from rayfm.config import SnapshotError
+from rayfm.snapshots.load import SnapshotStore
+from rayfm.snapshots.manifest import MANIFEST, check_name
+from rayfm.snapshots.metadata.base import Conflict, Lease, LeaseLost, MetadataStore
+
+
+class Collector:
+    """Leases, pins and garbage collection of the versions in ``store``.
+
+    Args:
+        store: the published files.
+        metadata: where leases, pins and tombstones live.
+        keep: how many of the newest versions of a model are never expired.
+    """
+
+    def __init__(self, store: SnapshotStore, metadata: MetadataStore, keep: int = 3) -> None:
+        if keep < 1:
+            raise SnapshotError(f"keep={keep}: at least the newest version must be kept; give 1 or more")
+        self.store, self.metadata, self.keep = store, metadata, keep
+
+    def hold(self, model: str, version: str, owner: str, ttl_s: float) -> Lease:
+        """A lease that keeps the version's files for ``ttl_s`` seconds; extend it through the metadata store.
+
+        Any number of holders may hold one version.
+
+        Raises:
+            SnapshotError: the version does not exist, or is being deleted.
+        """
+        lease = self.metadata.acquire(_key("holds", model, version) + f"/{uuid.uuid4().hex}", owner, ttl_s)
+        try:
+            if self.metadata.get(_key("tombstones", model, version)) is not None:
+                raise SnapshotError(f"snapshot {model}@{version} is being deleted; use a newer version")
+            self.store.manifest(model, version)
+        except BaseException:
+            self.metadata.release(lease)
+            raise
+        return lease
+
+    def holders(self, model: str, version: str) -> Sequence[Lease]:
+        """Living leases on the version."""
+        return self.metadata.leases(_key("holds", model, version) + "/")
+
+    def pin(self, model: str, version: str, reason: str) -> None:
+        """Keep the version until it is unpinned.
+
+        Raises:
+            SnapshotError: the version does not exist, or is being deleted.
+        """
+        # Under a lease, so that the version cannot go between the look and the write.
+        lease = self.hold(model, version, f"pin: {reason}", 60.0)
+        try:
+            self._put(_key("pins", model, version), reason)
+            self.metadata.extend(lease, 60.0)  # still ours, so the version stood when the pin was written
+        except LeaseLost:
+            self.unpin(model, version)
+            raise
+        finally:
+            self.metadata.release(lease)
+
+    def unpin(self, model: str, version: str) -> None:
+        """Take the pin away; nothing happens where there is none."""
+        self._drop(_key("pins", model, version))
+
+    def pins(self, model: str) -> dict[str, str]:
+        """Pinned versions with the reason."""
+        prefix = f"snapshots/pins/{check_name('model', model)}/"
+        return {entry.key.removeprefix(prefix): entry.value.decode() for entry in self.metadata.list(prefix)}
+
+    def tombstones(self, model: str) -> list[str]:
+        """Versions that are being deleted."""
+        prefix = f"snapshots/tombstones/{check_name('model', model)}/"
+        return [entry.key.removeprefix(prefix) for entry in self.metadata.list(prefix)]
+
+    def expire(self, model: str) -> list[str]:
+        """Tombstone every version that is neither among the newest ``keep``, nor held, nor pinned; deletes no file.
+
+        Any task may call it, at any time, in any number.
+
+        Returns:
+            The versions tombstoned now.
+        """
+        buried, pinned = set(self.tombstones(model)), self.pins(model)
+        living = [version for version in self.store.versions(model) if version not in buried]
+        expired = []
+        for version in living[: -self.keep]:
+            if version in pinned or self.holders(model, version):
+                continue
+            try:
+                self.metadata.compare_and_set(_key("tombstones", model, version), b"", None)
+            except Conflict:
+                continue  # another task was faster
+            expired.append(version)
+        return expired
+
+    def sweep(self, model: str) -> list[str]:
+        """Delete the files of tombstoned versions that nobody holds. Only the publisher calls this.
+
+        A version that was pinned or held just before its tombstone came stays until it is not. A sweep that is killed
+        is taken up by the next one.
+
+        Returns:
+            The versions deleted.
+        """
+        deleted = []
+        for version in self.tombstones(model):
+            if self.holders(model, version):
+                continue
+            if version in self.pins(model):  # the pin was set under a lease that was older than the tombstone
+                self._drop(_key("tombstones", model, version))
+                continue
+            folder = self.store.folder(model, version)
+            (folder / MANIFEST).unlink(missing_ok=True)  # first: half-deleted must look unpublished
+            if folder.exists():
+                shutil.rmtree(folder)
+            self._drop(_key("tombstones", model, version))
+            deleted.append(version)
+        return deleted
+
+    def sweep_unfinished(self, model: str, older_than_s: float = 86_400.0) -> list[str]:
+        """Delete folders of publications that were never committed and were last written ``older_than_s`` ago."""
+        folder = self.store.root / "snapshots" / check_name("model", model)
+        limit = time.time() - older_than_s
+        deleted = []
+        for path in sorted(folder.iterdir()) if folder.exists() else []:
+            if not path.is_dir() or (path / MANIFEST).exists():
+                continue
+            if max(item.stat().st_mtime for item in (path, *path.iterdir())) < limit:
+                shutil.rmtree(path)
+                deleted.append(path.name)
+        return deleted
+
+    def _put(self, key: str, value: str) -> None:
+        while True:
+            entry = self.metadata.get(key)
+            try:
+                self.metadata.compare_and_set(key, value.encode(), entry.revision if entry else None)
+                return
+            except Conflict:
+                continue
+
+    def _drop(self, key: str) -> None:
+        while (entry := self.metadata.get(key)) is not None:
+            try:
+                self.metadata.delete(key, entry.revision)
+            except Conflict:
+                continue
+
+
+def _key(what: str, model: str, version: str) -> str:
+    return f"snapshots/{what}/{check_name('model', model)}/{check_name('version', version)}"
