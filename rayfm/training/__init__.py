@@ -1,0 +1,1 @@
+"""The worker loop over periods: sharding, optimisers, checkpoints."""

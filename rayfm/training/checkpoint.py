@@ -1,0 +1,129 @@
+"""Checkpoints: models, optimisers and the data cursor together, so that they rewind together.
+
+::
+
+    <root>/<period>-<step>/   __0_0.distcp, ..., .metadata    torch.distributed.checkpoint
+                              gathered/*.npz                  metric sums that are not yet in a file of their own
+                              state.json                      cursor, label pin, counters; written last
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from rayfm.config import Config, RayfmError
+from rayfm.data.store import write_json_atomic
+from rayfm.training.learner import Learner
+from rayfm.training.spec import PinnedLabels
+
+
+class Cursor(Config):
+    """Where training stands: the next step to train. ``step`` 0: the period is not yet predicted."""
+
+    period_index: int = 0
+    step: int = 0
+
+
+class CheckpointState(Config):
+    """What a checkpoint holds beside tensors."""
+
+    cursor: Cursor
+    steps_done: dict[str, int]
+    """Learner -> optimiser steps so far; the warm-up needs it."""
+    labels: dict[str, PinnedLabels] = {}
+    """Teacher -> the labels that the period under way uses; the pin moves only with the cursor."""
+    rates: dict[str, list[float]] = {}
+    """Task -> [weighted label sum, weight] of all rows trained on, for ExFM's NE."""
+    partial: dict[str, Any] = {}
+    """Sums of the period under way: examples, seconds, loss terms."""
+    world: int = 1
+
+
+class Checkpoints:
+    """The checkpoints of one trainer.
+
+    Args:
+        root: their folder, on storage that every rank sees.
+        keep: how many complete ones to keep.
+    """
+
+    def __init__(self, root: Path, keep: int = 2) -> None:
+        self.root, self.keep = root, keep
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, oldest first. A folder without ``state.json`` was cut short and does not count."""
+        return sorted(path.parent for path in self.root.glob("*/state.json"))
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        found = self.complete()
+        return found[-1] if found else None
+
+    def save(self, learners: list[Learner], state: CheckpointState) -> Path:
+        """Write a checkpoint (every rank calls this); rank 0 declares it complete and removes what is superseded."""
+        cursor = state.cursor
+        path = self.root / f"{cursor.period_index:05d}-{cursor.step:08d}"
+        rank = dist.get_rank()
+        if rank == 0 and path.exists():
+            shutil.rmtree(path)
+        _barrier()
+        dcp.save(_tensors(learners), checkpoint_id=str(path))
+        if rank == 0:
+            write_json_atomic(path / "state.json", state.dump())
+            self._prune()
+        _barrier()
+        return path
+
+    def load(self, learners: list[Learner]) -> CheckpointState | None:
+        """Load the newest complete checkpoint into ``learners`` (every rank calls this); None where there is none.
+
+        Raises:
+            RayfmError: the checkpoint is for other models, or unreadable.
+        """
+        path = self.latest()
+        if path is None:
+            return None
+        try:
+            state = CheckpointState.model_validate(json.loads((path / "state.json").read_text()))
+            for learner in learners:
+                learner.optimizers.init_state()
+            tensors = _tensors(learners)
+            dcp.load(tensors, checkpoint_id=str(path))
+            for learner in learners:
+                learner.load_state(tensors[learner.config.key])
+        except (dcp.CheckpointException, ValueError, OSError, RuntimeError, KeyError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RayfmError(
+                f"{path}: the checkpoint does not fit this run ({first}); start a new run, or remove the checkpoint"
+            ) from error
+        return state
+
+    def _prune(self) -> None:
+        complete = self.complete()
+        kept = set(complete[-self.keep :])
+        for path in self.root.iterdir():
+            if path.is_dir() and path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _tensors(learners: list[Learner]) -> dict[str, Any]:
+    return {learner.config.key: learner.state() for learner in learners}
+
+
+def _barrier() -> None:
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def world_device(rank: int, wanted: str) -> torch.device:
+    """The device of a local rank: ``auto`` takes CUDA where there is one."""
+    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", rank % max(1, torch.cuda.device_count()))
+    return torch.device("cpu")

@@ -1,0 +1,104 @@
+"""How a model is trained: optimisers, sharding, precision, workers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rayfm.config import Config
+from rayfm.data.reader import ReaderKind
+
+TableOptimizerName = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
+ShardingKind = Literal["auto", "table_wise", "row_wise", "data_parallel"]
+
+
+class TableOptimizer(Config):
+    """Optimiser of an embedding table. All but ``adam`` are fused into the backward pass (fbgemm)."""
+
+    type: TableOptimizerName = "rowwise_adagrad"
+    """``adam`` is dense: it keeps two states an element and updates every row, so it is for small tables, which are
+    then replicated (data parallel) on every worker."""
+
+    lr: float = Field(0.02, gt=0)
+    eps: float = Field(1e-8, gt=0)
+
+
+class DenseOptimizer(Config):
+    """Adam for everything that is not an embedding table."""
+
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class TrainingConfig(Config):
+    """Training of a teacher, or of the group of students that share a reader."""
+
+    workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(0.5, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+    threads: int = Field(1, ge=1)
+    """Intra-op threads of a worker."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: CUDA where the worker has a GPU."""
+
+    batch_size: int = Field(512, ge=1)
+    """Global batch size in impressions; a multiple of the number of lanes."""
+    predict_batch_size: int = Field(4096, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16``: the backbone runs under autocast; tables, losses and optimisers stay fp32."""
+    reader: ReaderKind = "arrow"
+
+    tables: TableOptimizer = TableOptimizer()
+    table_overrides: dict[str, TableOptimizer] = {}
+    """Table -> its own optimiser."""
+    sharding: ShardingKind = "auto"
+    """``auto``: row-wise above ``row_wise_from`` rows, else table-wise."""
+    sharding_overrides: dict[str, ShardingKind] = {}
+    row_wise_from: int = Field(1_000_000, ge=1)
+    dense: DenseOptimizer = DenseOptimizer()
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which every learning rate rises linearly from 0 to its value (Goyal et al. 2017)."""
+
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Steps between checkpoints inside a period; a checkpoint is always made at a period's end."""
+    keep_checkpoints: int = Field(2, ge=1)
+    max_failures: int = Field(3, ge=0)
+    """How often Ray Train restarts the workers of this group before the run fails."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainingConfig:
+        for table, kind in self.sharding_overrides.items():
+            optimizer = self.optimizer_of(table).type
+            if (kind == "data_parallel") != (optimizer == "adam"):
+                raise ValueError(
+                    f"table {table!r}: sharding {kind} does not go with optimiser {optimizer}; a data-parallel table "
+                    "needs adam, and adam needs a data-parallel table"
+                )
+        if self.sharding == "data_parallel" and self.tables.type != "adam":
+            raise ValueError("sharding data_parallel needs 'tables: {type: adam}'; the fused optimisers are for shards")
+        for table, override in self.table_overrides.items():
+            kind = self.sharding_overrides.get(table, self.sharding)
+            if kind == "data_parallel" and override.type != "adam":
+                raise ValueError(
+                    f"table {table!r}: optimiser {override.type} is for shards, and sharding is data_parallel; give "
+                    "it adam, or a sharding override"
+                )
+        if self.device == "cuda" and self.gpus_per_worker == 0:
+            raise ValueError("device cuda needs gpus_per_worker above 0")
+        return self
+
+    def optimizer_of(self, table: str) -> TableOptimizer:
+        """The optimiser of a table."""
+        return self.table_overrides.get(table, self.tables)
+
+    def sharding_of(self, table: str, rows: int) -> ShardingKind:
+        """The kind of sharding of a table with this many rows, ``auto`` resolved."""
+        if self.optimizer_of(table).type == "adam":
+            return "data_parallel"
+        kind = self.sharding_overrides.get(table, self.sharding)
+        if kind == "auto":
+            return "row_wise" if rows >= self.row_wise_from else "table_wise"
+        return kind

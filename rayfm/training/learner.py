@@ -1,0 +1,257 @@
+"""One model under training: its sharded module, its optimisers, one step at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from rayfm.config import Config, RayfmError
+from rayfm.data.batch import Batch
+from rayfm.distill.base import OBJECTIVES, ObjectiveConfig
+from rayfm.models.base import MODELS, ModelConfig, ModelOutput
+from rayfm.models.build import build_model
+from rayfm.schema import Schema
+from rayfm.snapshots.publish import TensorSlice
+from rayfm.training.config import TrainingConfig
+from rayfm.training.init import fill_normal
+from rayfm.training.module import TrainModule
+from rayfm.training.optim import Optimizers, fuse_table_optimizers
+from rayfm.training.sharding import Sharder, collections, sharding_plan, stored_placement
+
+
+class LearnerConfig(Config):
+    """One model to train: a teacher, or one variant of a student under one seed."""
+
+    model_name: str
+    variant: str
+    seed: int
+    model: Annotated[ModelConfig, MODELS]
+    tasks: tuple[str, ...]
+    objectives: tuple[Annotated[ObjectiveConfig, OBJECTIVES], ...] = ()
+    """Besides the tasks' own loss, which every model has."""
+    reference: dict[str, str] = {}
+    """Task -> supervision column that considerations are scored against."""
+
+    @property
+    def key(self) -> str:
+        """Name of the learner in checkpoints, snapshots and metrics."""
+        return f"{self.model_name}.{self.variant}.{self.seed}"
+
+    def supervision(self) -> tuple[str, ...]:
+        """Supervision columns that training reads."""
+        return tuple(dict.fromkeys(name for o in self.objectives for name in o.supervision(self.tasks)))
+
+
+class DivergenceError(RayfmError):
+    """A loss is no longer finite."""
+
+
+@dataclasses.dataclass
+class StepClock:
+    """Seconds spent in the parts of a step."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    optimizer: float = 0.0
+
+
+class Learner:
+    """Builds and trains one model on this rank.
+
+    Args:
+        config: the learner's config.
+        training: how it is trained.
+        schema: the pipeline's schema.
+        device: this rank's device.
+        plan_path: where the sharding plan is stored.
+    """
+
+    def __init__(
+        self, config: LearnerConfig, training: TrainingConfig, schema: Schema, device: torch.device, plan_path: Path
+    ) -> None:
+        self.config, self.training, self.device = config, training, device
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, schema, config.tasks, embedding_device=torch.device("meta"))
+        supervised = OBJECTIVES["supervised"]
+        objectives = [supervised(supervised.Config(), schema, config.tasks, model.representation_dim)]
+        objectives += [
+            OBJECTIVES.build(objective, schema, config.tasks, model.representation_dim)
+            for objective in config.objectives
+        ]
+        module = TrainModule(model, objectives, bf16=training.precision == "bf16")
+        fuse_table_optimizers(module, training, schema.tables)
+        placement = stored_placement(plan_path, module, training, self.world, write=self.rank == 0)
+        self._table_std = {
+            f"{path}.embedding_bags.{table.name}.weight": _init_std(table)
+            for path, collection in collections(module).items()
+            for table in collection.embedding_bag_configs()
+        }
+        ahead_parameters = module.pre_step_parameters()
+        ahead = {name: p for name, p in module.named_parameters() if any(p is q for q in ahead_parameters)}
+        self.dmp = DistributedModelParallel(
+            module,
+            env=ShardingEnv.from_process_group(dist.group.WORLD),
+            device=device,
+            plan=sharding_plan(module, placement, self.world, device),
+            sharders=[Sharder()],
+            data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=True, params_to_ignore=list(ahead)),
+        )
+        self.module: TrainModule = self.dmp.module
+        self._initialise_tables()
+        replicated = {
+            f"{path}.embedding_bags.{table}.weight": table
+            for path, tables in placement.items()
+            for table, where in tables.items()
+            if where.kind == "data_parallel"
+        }
+        dense, tables = {}, {}
+        for name, parameter in self.dmp.named_parameters():
+            if name in replicated:
+                tables[name] = (parameter, training.optimizer_of(replicated[name]))
+            elif name not in ahead and name not in self._table_std:
+                dense[name] = parameter
+        self.optimizers = Optimizers(self.dmp, dense, tables, ahead, training)
+        self._ahead = list(ahead.values())
+        self.clock = StepClock()
+
+    @torch.no_grad()
+    def _initialise_tables(self) -> None:
+        for name, value in self.dmp.state_dict().items():
+            if name in self._table_std:
+                for shard, row, column in _shards(value):
+                    table = name.split(".")[-2]
+                    fill_normal(shard, table, self.config.seed, self._table_std[name], row, column, value.shape[1])
+
+    def train_step(self, batch: Batch, step: int) -> dict[str, tuple[float, float]]:
+        """One step: zero_grad, forward, one summed backward, step.
+
+        Returns:
+            Term -> (weighted sum, weight) over all ranks.
+
+        Raises:
+            DivergenceError: a term is not finite.
+        """
+        started = time.perf_counter()
+        self.dmp.train()
+        self.optimizers.begin(step)
+        if self._ahead:
+            self._pre_step(batch)
+        sums = self.dmp(batch)
+        totals = self._reduce(sums)
+        forward = time.perf_counter()
+        loss = self._loss(sums, totals)
+        if not torch.isfinite(totals).all():
+            bad = [name for name, total in zip(sums, totals.tolist(), strict=True) if not all(map(_finite, total))]
+            raise DivergenceError(
+                f"{self.config.key}: term {bad[0]} is not finite at step {step}; lower the learning rate, add "
+                "warmup_steps, or look for extreme values in the features"
+            )
+        loss.backward()
+        backward = time.perf_counter()
+        self.optimizers.step()
+        done = time.perf_counter()
+        self.clock.forward += forward - started
+        self.clock.backward += backward - forward
+        self.clock.optimizer += done - backward
+        return {name: (total[0], total[1]) for name, total in zip(sums, totals.tolist(), strict=True)}
+
+    def _reduce(self, sums: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """(weighted sum, weight) of each term over all ranks: ``[terms, 2]``."""
+        totals = torch.stack([torch.stack(pair).detach().double() for pair in sums.values()])
+        if self.world > 1:
+            dist.all_reduce(totals)
+        return totals
+
+    def _loss(self, sums: dict[str, tuple[Tensor, Tensor]], totals: Tensor) -> Tensor:
+        """This rank's share of the loss.
+
+        Gradients are averaged over ranks (DDP, and TorchRec's gradient division), so the share is multiplied by the
+        number of ranks.
+        """
+        weights = totals[:, 1].clamp_min(1e-12).float()
+        terms = [
+            self.module.coefficients[name] * weighted_sum / weights[position]
+            for position, (name, (weighted_sum, _)) in enumerate(sums.items())
+        ]
+        return self.world * torch.stack(terms).sum()
+
+    def _pre_step(self, batch: Batch) -> None:
+        """Algorithm 1, line 1 (ExFM): the adapter learns first, by its own optimiser, gradients summed over ranks."""
+        optimizer = self.optimizers.ahead
+        assert optimizer is not None
+        optimizer.zero_grad(set_to_none=False)
+        sums = self.module.pre_step(batch)
+        totals = self._reduce(sums)
+        weights = totals[:, 1].clamp_min(1e-12).float()
+        loss = torch.stack([s / weights[i] for i, (s, _) in enumerate(sums.values())]).sum()
+        loss.backward(inputs=self._ahead)
+        if self.world > 1:
+            for parameter in self._ahead:
+                dist.all_reduce(parameter.grad)
+        optimizer.step()
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> ModelOutput:
+        """The model's output, without gradients."""
+        self.dmp.eval()
+        output: ModelOutput = self.module.predict(batch)
+        return output
+
+    def state(self) -> dict[str, Any]:
+        """Model and optimiser state for `torch.distributed.checkpoint`."""
+        return {"model": self.dmp.state_dict(), "optimizer": self.optimizers.combined().state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over a state that `torch.distributed.checkpoint` filled."""
+        self.dmp.load_state_dict(state["model"])
+        self.optimizers.combined().load_state_dict(state["optimizer"])
+
+    def slices(self) -> Iterator[TensorSlice]:
+        """This rank's part of the model to publish: its table slices, and on rank 0 what is replicated."""
+        for name, value in self.dmp.state_dict().items():
+            if not name.startswith("model."):
+                continue  # what objectives own is not served
+            name = name.removeprefix("model.")
+            if isinstance(value, ShardedTensor | DTensor):
+                shape = tuple(value.shape)
+                for shard, row, column in _shards(value):
+                    yield TensorSlice(name, shard, (row, column), shape)
+            elif self.rank == 0:
+                yield TensorSlice.whole(name, value)
+
+
+def _init_std(table: EmbeddingBagConfig) -> float:
+    """Standard deviation of a table's first values, from the partial that a model gave as ``init_fn``; 0 for zeros."""
+    return float(table.init_fn.keywords["std"]) if isinstance(table.init_fn, functools.partial) else 0.0
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _shards(value: Any) -> Iterator[tuple[Tensor, int, int]]:
+    """This rank's shards of a table, each with the row and column that it starts at."""
+    if isinstance(value, ShardedTensor):
+        for shard in value.local_shards():
+            row, column = shard.metadata.shard_offsets
+            yield shard.tensor, row, column
+    elif isinstance(value, DTensor):
+        local: Any = value.to_local()  # TorchRec's local shards, which look like a tensor
+        for shard, offsets in zip(local.local_shards(), local.local_offsets(), strict=True):
+            yield shard, offsets[0], offsets[1]
+    else:
+        yield value, 0, 0

@@ -1,0 +1,376 @@
+"""The training loop: one pass in time order over periods; predict a period first, then train on it, then publish.
+
+Runs the same in a Ray Train worker and in a plain process; every rank walks through the same steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from rayfm.config import Config
+from rayfm.data.batch import CONSIDERATION, IMPRESSION, Batch
+from rayfm.data.encode import Encoder
+from rayfm.data.reader import ArrowReader, RayDataReader, Reader
+from rayfm.data.steps import Lookup, ReadPlan, TruthLookup
+from rayfm.data.store import ExampleStore, write_json_atomic
+from rayfm.metrics import MetricState, RateCounter, bootstrap_weights
+from rayfm.schema import LOGGED_PREFIX
+from rayfm.snapshots.load import SnapshotStore
+from rayfm.snapshots.manifest import version_id
+from rayfm.snapshots.publish import SnapshotWriter
+from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, world_device
+from rayfm.training.learner import Learner
+from rayfm.training.spec import Coordinator, LabelSource, PinnedLabels, TrainerSpec
+
+AnswerT = TypeVar("AnswerT")
+
+PROGRESS_EVERY_S = 0.5
+
+
+class PeriodParts:
+    """Seconds of a period by part, for the picture of where time goes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(part, time.perf_counter() - started)
+
+    def add(self, part: str, seconds: float) -> None:
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
+    def iterate(self, batches: Iterator[Batch], part: str = "read") -> Iterator[Batch]:
+        """``batches``, with the time that each took to arrive."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.add(part, time.perf_counter() - started)
+            if batch is None:
+                return
+            yield batch
+
+
+class TrainingLoop:
+    """Walks one trainer through its periods.
+
+    Args:
+        spec: what to train.
+        coordinator: period tickets; only rank 0 calls it.
+        label_source: makes look-ups of labels.
+        progress: called by rank 0 now and then with (period, done steps, all steps, phase).
+    """
+
+    def __init__(
+        self,
+        spec: TrainerSpec,
+        coordinator: Coordinator,
+        label_source: LabelSource | None = None,
+        progress: Callable[[str, int, int, str], None] | None = None,
+    ) -> None:
+        self.spec, self.coordinator, self.label_source, self.progress = spec, coordinator, label_source, progress
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        torch.set_num_threads(spec.training.threads)
+        self.device = world_device(self.rank, spec.training.device)
+        self.store = ExampleStore(spec.store)
+        self.learners = [
+            Learner(config, spec.training, spec.schema_, self.device, spec.folder / "plans" / f"{config.key}.json")
+            for config in spec.learners
+        ]
+        tasks = tuple(dict.fromkeys(task for learner in spec.learners for task in learner.tasks))
+        self.tasks = tuple((task.name, task.kind) for task in spec.schema_.tasks if task.name in tasks)
+        self.rates = RateCounter([name for name, _ in self.tasks])
+        self.checkpoints = Checkpoints(spec.folder / "checkpoints", spec.training.keep_checkpoints)
+        self.steps_done = {learner.config.key: 0 for learner in self.learners}
+        self._ray_reader: RayDataReader | None = None
+        self._last_progress = 0.0
+
+    def run(self) -> None:
+        """Train from the newest checkpoint, or from the start, through the last period."""
+        cursor, state = self._restore()
+        if state is not None and cursor.step == 0:
+            # The checkpoint comes first, so that a crash right after it loses nothing: publish what it holds.
+            self._finish(cursor.period_index - 1, state.partial)
+        for index in range(cursor.period_index, len(self.spec.periods)):
+            resumed = state if state is not None and index == cursor.period_index and cursor.step else None
+            self._period(index, resumed)
+
+    def _period(self, index: int, resumed: CheckpointState | None) -> None:
+        """Predict, train, checkpoint, publish one period; or go on with one that ``resumed`` was in the middle of."""
+        period = self.spec.periods[index]
+        parts, started = PeriodParts(), time.perf_counter()
+        with parts.timed("wait"):
+            if self.rank == 0:
+                self.coordinator.wait_prepared(period)
+            self._barrier()
+        self.store.check_schema(period, self.spec.schema_)
+        if resumed is None and index >= self.spec.first_predicted:
+            self._predict(period, parts)
+        partial: dict[str, Any] = dict(resumed.partial) if resumed else {}
+        if self.rank > 0:
+            partial.pop("examples", None)  # the checkpoint's count is of all ranks; rank 0 goes on with it
+        examples = self._train(index, resumed.cursor.step if resumed else 0, partial, resumed, parts)
+        losses = {name: total / weight for name, (total, weight) in partial["losses"].items() if weight > 0}
+        record = {"examples": examples, "losses": losses, "parts": parts.seconds}
+        with parts.timed("checkpoint"):
+            self._checkpoint(Cursor(period_index=index + 1), {}, record)
+        self._finish(index, record, parts, started)
+
+    def _finish(
+        self, index: int, record: dict[str, Any], parts: PeriodParts | None = None, started: float | None = None
+    ) -> None:
+        """Publish, write the period's record, hand on the ticket. Doing it again changes nothing."""
+        parts = parts or PeriodParts()
+        period = self.spec.periods[index]
+        versions = self._publish(index, parts)
+        if self.rank == 0:
+            seconds = time.perf_counter() - started if started else sum(record["parts"].values())
+            whole = PeriodRecord(trainer=self.spec.name, period=period, seconds=seconds, versions=versions, **record)
+            write_json_atomic(self.spec.folder / "periods" / f"{period}.json", whole.dump())
+            self.coordinator.trained(period, versions)
+        self._barrier()
+
+    # -- predict ------------------------------------------------------------------------------------------------
+
+    def _predict(self, period: str, parts: PeriodParts) -> None:
+        """Score a period that no learner has trained on, and store the sums of each learner's metrics."""
+        states = {learner.config.key: self._metric_state() for learner in self.learners}
+        columns = tuple(dict.fromkeys(c for learner in self.spec.learners for c in learner.reference.values()))
+        labels: dict[str, PinnedLabels] = {}
+        if any(column.split("/")[0] in self.spec.teachers for column in columns):
+            with parts.timed("wait"):
+                labels = self._agree(lambda: self.coordinator.wait_labels(period))
+        plan, encoder = self._plan(columns, labels, self.spec.training.predict_batch_size, self.spec.evaluated_share)
+        reader = ArrowReader(plan, encoder, self.rank, self.world)
+        steps = reader.steps(period)
+        for step, cpu_batch in enumerate(parts.iterate(reader.batches(period))):
+            self._report(period, step, steps, "predict")
+            copies = bootstrap_weights(cpu_batch.user, self.spec.replicates) if self.spec.replicates else None
+            batch = cpu_batch.to(self.device)
+            for learner in self.learners:
+                with parts.timed("predict"):
+                    logits = {task: z.cpu() for task, z in learner.predict(batch).logits.items()}
+                with parts.timed("metrics"):
+                    self._score(states[learner.config.key], learner, cpu_batch, logits, copies)
+        with parts.timed("metrics"):
+            rates = self.rates.rates()
+            for learner in self.learners:
+                state = states[learner.config.key]
+                state.reduce_()
+                if self.rank == 0:
+                    folder = self.spec.folder / "metrics" / period
+                    state.save(folder / f"{learner.config.key}.npz")
+                    write_json_atomic(folder / "rates.json", rates)
+
+    def _score(
+        self,
+        state: MetricState,
+        learner: Learner,
+        batch: Batch,
+        logits: dict[str, torch.Tensor],
+        copies: torch.Tensor | None,
+    ) -> None:
+        for task in learner.config.tasks:
+            label, known = batch.label(task)
+            shown = known & (batch.kind == IMPRESSION)
+            state.update(
+                task, IMPRESSION, logits[task], label, shown, batch.weight, batch.traffic, batch.user, weights=copies
+            )
+            column = learner.config.reference.get(task)
+            if column is not None and self.spec.evaluated_share > 0:
+                value, found = batch.supervised(column)
+                considered = found & (batch.kind == CONSIDERATION)
+                state.update(
+                    task,
+                    CONSIDERATION,
+                    logits[task],
+                    value,
+                    considered,
+                    batch.weight,
+                    batch.traffic,
+                    batch.user,
+                    weights=copies,
+                )
+
+    def _metric_state(self) -> MetricState:
+        return MetricState(self.tasks, self.spec.schema_.traffics, replicates=self.spec.replicates)
+
+    # -- train --------------------------------------------------------------------------------------------------
+
+    def _train(
+        self, index: int, start: int, partial: dict[str, Any], resumed: CheckpointState | None, parts: PeriodParts
+    ) -> int:
+        """Train the period from step ``start``; ``partial`` gathers its sums. Returns the examples of the period."""
+        period = self.spec.periods[index]
+        if resumed is not None:
+            labels = resumed.labels
+        else:
+            with parts.timed("wait"):
+                labels = self._agree(lambda: self.coordinator.wait_labels(period)) if self.spec.teachers else {}
+        reader = self._training_reader(index, start, labels)
+        steps = reader.steps(period)
+        losses: dict[str, list[float]] = partial.setdefault("losses", {})
+        partial.setdefault("examples", 0)
+        every = self.spec.training.checkpoint_every
+        tasks = [name for name, _ in self.tasks]
+        for step, cpu_batch in enumerate(parts.iterate(reader.batches(period, start)), start):
+            self._report(period, step, steps, "train")
+            partial["examples"] += len(cpu_batch)
+            for task in tasks:
+                label, known = cpu_batch.label(task)
+                self.rates.update(task, label, known, cpu_batch.weight)
+            batch = cpu_batch.to(self.device)
+            for learner in self.learners:
+                key = learner.config.key
+                terms = learner.train_step(batch, self.steps_done[key])
+                self.steps_done[key] += 1
+                for term, (total, weight) in terms.items():
+                    sums = losses.setdefault(f"{key}/{term}", [0.0, 0.0])
+                    sums[0] += total
+                    sums[1] += weight
+            if every and (step + 1) % every == 0 and step + 1 < steps:
+                with parts.timed("checkpoint"):
+                    self._checkpoint(Cursor(period_index=index, step=step + 1), labels, partial)
+        for learner in self.learners:
+            for part, seconds in vars(learner.clock).items():
+                parts.add(part, seconds)
+            learner.clock = type(learner.clock)()
+        examples = torch.tensor(float(partial["examples"]))
+        if self.world > 1:
+            dist.all_reduce(examples)
+        return int(examples)
+
+    def _training_reader(self, index: int, start: int, labels: dict[str, PinnedLabels]) -> Reader:
+        training = self.spec.training
+        columns = tuple(dict.fromkeys(c for learner in self.spec.learners for c in learner.supervision()))
+        plan, encoder = self._plan(columns, labels, training.batch_size, self.spec.consideration_share)
+        if training.reader == "arrow":
+            return ArrowReader(plan, encoder, self.rank, self.world)
+        if self.spec.teachers:  # labels arrive period by period, and with them their version
+            return RayDataReader(plan, encoder, [self.spec.periods[index]], self.rank, self.world, start)
+        if self._ray_reader is None or self.spec.periods[index] not in self._ray_reader.periods:
+            prepared = set(self.store.periods())
+            known = [period for period in self.spec.periods[index:] if period in prepared]
+            self._ray_reader = RayDataReader(plan, encoder, known, self.rank, self.world, start)
+        return self._ray_reader
+
+    def _plan(
+        self, supervision: tuple[str, ...], labels: dict[str, PinnedLabels], batch_size: int, share: float
+    ) -> tuple[ReadPlan, Encoder]:
+        features = self.spec.features
+        if features is not None:  # every model takes its own columns from all the dense ones
+            features = (*features, *(f.name for f in self.spec.schema_.features if f.kind == "dense"))
+        encoder = Encoder(self.spec.schema_, features, supervision)
+        lookups: list[Lookup] = []
+        truth = tuple(name for name in supervision if name.startswith("truth/"))
+        if truth:
+            lookups.append(TruthLookup(self.store, truth))
+        for teacher, pinned in labels.items():
+            tasks = tuple(n.partition("/")[2] for n in supervision if n.partition("/")[0] == teacher)
+            if tasks and self.label_source is not None:
+                lookups.append(self.label_source.lookup(teacher, pinned, tasks))
+        logged = [name for name in supervision if name.startswith(LOGGED_PREFIX)]
+        columns = tuple(dict.fromkeys([*encoder.columns, "sampling_weight", "request_id", "user_id", *logged]))
+        return ReadPlan(self.store, columns, batch_size, supervision, tuple(lookups), share), encoder
+
+    # -- publish, checkpoint, report ----------------------------------------------------------------------------
+
+    def _publish(self, index: int, parts: PeriodParts) -> dict[str, str]:
+        """Publish every learner as trained through this period. Returns learner -> version."""
+        period = self.spec.periods[index]
+        keys = [learner.config.key for learner in self.learners]
+        versions = {key: version_id(period, f"{key}/{self.steps_done[key]}") for key in keys}
+        with parts.timed("publish"):
+            # What a run that stopped right after publishing left is these very weights, perhaps in other slices.
+            store = SnapshotStore(self.spec.run_dir)
+            missing = self._agree(lambda: [key for key in keys if versions[key] not in store.versions(key)])
+            for learner in self.learners:
+                if learner.config.key in missing:
+                    self._publish_learner(learner, versions[learner.config.key], period)
+        return versions
+
+    def _publish_learner(self, learner: Learner, version: str, period: str) -> None:
+        config = learner.config
+        writer = SnapshotWriter(Path(self.spec.run_dir), config.key, version)
+        mine = writer.write(self.rank, list(learner.slices()))
+        files: list[Any] = [mine]
+        if self.world > 1:
+            files = [None] * self.world
+            dist.all_gather_object(files, mine)
+        if self.rank == 0:
+            writer.commit(
+                files,
+                trained_through=period,
+                config=config.model.dump(),
+                example_schema=self.spec.schema_.dump(),
+                tasks=config.tasks,
+            )
+        self._barrier()
+
+    def _restore(self) -> tuple[Cursor, CheckpointState | None]:
+        state = self.checkpoints.load(self.learners)
+        if state is None:
+            return Cursor(), None
+        self.steps_done = dict(state.steps_done)
+        if self.rank == 0:
+            sums = torch.tensor([state.rates[task] for task, _ in self.tasks], dtype=torch.float64)
+            self.rates.load_state_dict({"sums": sums})
+        return state.cursor, state
+
+    def _checkpoint(self, cursor: Cursor, labels: dict[str, PinnedLabels], partial: dict[str, Any]) -> None:
+        sums = self.rates.state_dict()["sums"].clone()
+        # A finished period's record holds the total already; only the count of a period under way is this rank's own.
+        examples = torch.tensor(float(partial["examples"] if cursor.step or self.rank == 0 else 0))
+        if self.world > 1:
+            moved = sums.to(self.device)
+            dist.all_reduce(moved)
+            sums = moved.cpu()
+            dist.all_reduce(examples)
+        rates = {task: sums[i].tolist() for i, (task, _) in enumerate(self.tasks)}
+        shared = {**partial, "examples": int(examples)}
+        state = CheckpointState(
+            cursor=cursor, steps_done=self.steps_done, labels=labels, rates=rates, partial=shared, world=self.world
+        )
+        self.checkpoints.save(self.learners, state)
+
+    def _agree(self, ask: Callable[[], AnswerT]) -> AnswerT:
+        """Rank 0 asks; every rank gets the answer."""
+        answer: list[Any] = [ask() if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(answer, src=0)
+        result: AnswerT = answer[0]
+        return result
+
+    def _barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def _report(self, period: str, step: int, steps: int, phase: str) -> None:
+        now = time.perf_counter()
+        if self.progress is not None and self.rank == 0 and now - self._last_progress > PROGRESS_EVERY_S:
+            self._last_progress = now
+            self.progress(period, step, steps, phase)
+
+
+class PeriodRecord(Config):
+    """What a trainer says of a period it finished."""
+
+    trainer: str
+    period: str
+    examples: int
+    """Rows that were trained on, over all ranks."""
+    seconds: float
+    parts: dict[str, float]
+    losses: dict[str, float]
+    versions: dict[str, str]

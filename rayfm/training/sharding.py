@@ -1,0 +1,112 @@
+"""Where each embedding table lives: a plan made once, stored with the run, and used again on resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.sharding_plan import (
+    ParameterShardingGenerator,
+    construct_module_sharding_plan,
+    data_parallel,
+    row_wise,
+    table_wise,
+)
+from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from rayfm.config import Config, ConfigError
+from rayfm.data.store import write_json_atomic
+from rayfm.training.config import TrainingConfig
+
+
+class TablePlacement(Config):
+    """Where one table of one collection lives."""
+
+    kind: str
+    """table_wise, row_wise or data_parallel."""
+    rank: int | None = None
+    """Owner of a table-wise table."""
+
+
+Placement = dict[str, dict[str, TablePlacement]]
+"""Path of a collection in the module -> table -> placement."""
+
+
+class Sharder(EmbeddingBagCollectionSharder):
+    """The stock sharder, with row-wise allowed on CPU too (it works there, and is left out of the stock list)."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.DATA_PARALLEL.value]
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        if sharding_type == ShardingType.DATA_PARALLEL.value:
+            return [EmbeddingComputeKernel.DENSE.value]
+        return [EmbeddingComputeKernel.FUSED.value]
+
+
+def collections(module: nn.Module) -> dict[str, EmbeddingBagCollection]:
+    """The embedding collections of a module by their path."""
+    return {path: part for path, part in module.named_modules() if isinstance(part, EmbeddingBagCollection)}
+
+
+def place(module: nn.Module, config: TrainingConfig, world: int) -> Placement:
+    """Decide where each table of ``module`` lives on ``world`` workers.
+
+    Table-wise tables go, largest first, to the worker with the fewest elements so far (the longest-processing-time
+    rule); row-wise ones are cut evenly.
+    """
+    load = [0] * world
+    placement: Placement = {}
+    for path, collection in collections(module).items():
+        tables = sorted(collection.embedding_bag_configs(), key=lambda c: (-c.num_embeddings * c.embedding_dim, c.name))
+        placement[path] = {}
+        for table in tables:
+            kind = config.sharding_of(table.name, table.num_embeddings)
+            rank = None
+            if kind == "table_wise":
+                rank = load.index(min(load))
+                load[rank] += table.num_embeddings * table.embedding_dim
+            placement[path][table.name] = TablePlacement(kind=kind, rank=rank)
+    return placement
+
+
+def sharding_plan(module: nn.Module, placement: Placement, world: int, device: torch.device) -> ShardingPlan:
+    """TorchRec's plan for a placement."""
+    plan = {}
+    sharder: ModuleSharder[nn.Module] = Sharder()
+    for path, collection in collections(module).items():
+        generators: dict[str, ParameterShardingGenerator] = {}
+        for table, where in placement[path].items():
+            if where.kind == "table_wise":
+                generators[table] = table_wise(rank=where.rank or 0)
+            else:
+                generators[table] = row_wise() if where.kind == "row_wise" else data_parallel()
+        plan[path] = construct_module_sharding_plan(
+            collection, generators, sharder=sharder, world_size=world, local_size=world, device_type=device.type
+        )
+    return ShardingPlan(plan)
+
+
+def stored_placement(path: Path, module: nn.Module, config: TrainingConfig, world: int, write: bool) -> Placement:
+    """The placement stored at ``path`` for this many workers, or a new one (which rank 0 stores).
+
+    Raises:
+        ConfigError: the stored plan is for other tables.
+    """
+    made = place(module, config, world)
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    key = str(world)
+    if key not in stored:
+        if write:
+            plain = {c: {t: p.dump() for t, p in tables.items()} for c, tables in made.items()}
+            write_json_atomic(path, stored | {key: plain})
+        return made
+    found = {c: {t: TablePlacement.model_validate(p) for t, p in tables.items()} for c, tables in stored[key].items()}
+    if {c: set(t) for c, t in found.items()} != {c: set(t) for c, t in made.items()}:
+        raise ConfigError(f"{path}: the stored sharding plan is for other tables; start a new run or remove the plan")
+    return found

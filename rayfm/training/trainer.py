@@ -1,0 +1,116 @@
+"""Running a training loop: in a Ray Train worker group, or in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from rayfm.config import RayfmError
+from rayfm.data.store import write_json_atomic
+from rayfm.training.loop import TrainingLoop
+from rayfm.training.spec import Coordinator, LabelSource, TrainerSpec
+
+
+class ProgressFile:
+    """How far a trainer is, in a small file that whoever watches the run may read at any time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, period: str, step: int, steps: int, phase: str) -> None:
+        write_json_atomic(self.path, {"period": period, "step": step, "steps": steps, "phase": phase})
+
+    def read(self) -> dict[str, Any] | None:
+        """The last report; None before the first."""
+        try:
+            value: dict[str, Any] = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return None
+        return value
+
+
+def progress_file(spec: TrainerSpec) -> ProgressFile:
+    """Where a trainer reports its progress."""
+    return ProgressFile(spec.folder / "progress.json")
+
+
+def _work(arguments: dict[str, Any]) -> None:
+    """What each worker runs."""
+    spec: TrainerSpec = arguments["spec"]
+    coordinator: Coordinator = arguments["coordinator"]
+    if coordinator.stopped():
+        return  # the run failed for a reason that a restart of the workers does not mend
+    try:
+        TrainingLoop(spec, coordinator, arguments["label_source"], progress_file(spec)).run()
+    except RayfmError as error:
+        coordinator.failed(str(error))
+        if dist.get_world_size() > 1:
+            raise  # takes the other ranks out of the collective that they wait in
+
+
+def fit(spec: TrainerSpec, coordinator: Coordinator, label_source: LabelSource | None = None) -> None:
+    """Train in a Ray Train worker group that lives through all periods; it is restarted when a worker dies.
+
+    Args:
+        spec, coordinator, label_source: travel to the workers.
+
+    Raises:
+        RayfmError: the workers failed more often than ``max_failures`` allows, with the last error's first line.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    training = spec.training
+    gpu = training.gpus_per_worker > 0
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"spec": spec, "coordinator": coordinator, "label_source": label_source},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=training.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
+            if gpu
+            else {"CPU": training.cpus_per_worker},
+        ),
+        run_config=ray.train.RunConfig(
+            # A name of its own each time: what resumes is our checkpoint, which holds the cursor.
+            name=f"{spec.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=str((spec.folder / "ray_train").absolute()),
+            failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise RayfmError(f"trainer {spec.name}: {lines[-1] if lines else type(error).__name__}") from error
+
+
+@contextlib.contextmanager
+def single_process_group() -> Iterator[None]:
+    """A process group of this process alone, unless one stands already."""
+    if dist.is_initialized():
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
+        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def fit_here(spec: TrainerSpec, coordinator: Coordinator, label_source: LabelSource | None = None) -> None:
+    """Train in this process, without Ray: one worker."""
+    with single_process_group():
+        TrainingLoop(spec, coordinator, label_source, progress_file(spec)).run()
