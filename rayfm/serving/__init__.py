@@ -1,0 +1,1 @@
+"""Ray Serve applications, and labelling through them."""

@@ -1,0 +1,88 @@
+"""Starting and finding teacher services on Ray Serve."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Any
+
+from rayfm.config import CapacityError
+from rayfm.serving.teacher import TeacherService, TeacherServiceConfig
+
+LOOPBACK = "127.0.0.1"
+
+
+def application_name(run: str, teacher: str) -> str:
+    """Name of the Serve application of a run's teacher."""
+    return f"rayfm-{run}-{teacher}"
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises CapacityError where a port cannot be bound."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise CapacityError(
+                f"port {port} on {host} cannot be used ({error.strerror}); stop what listens there or choose another "
+                "with --set serving.http_port=PORT"
+            ) from None
+
+
+def start_teacher(
+    run: str,
+    teacher: str,
+    config: TeacherServiceConfig,
+    replicas: int = 1,
+    cpus: float = 0.25,
+    gpus: float = 0.0,
+    http_port: int | None = None,
+) -> Any:
+    """Deploy a teacher service and return its handle.
+
+    Args:
+        run, teacher: name the application.
+        config: what a replica needs.
+        replicas, cpus, gpus: size of the deployment.
+        http_port: also answer ``POST /<application>`` with Arrow IPC on this port of the loopback interface; by
+            default no port is opened and requests go through handles.
+
+    Raises:
+        CapacityError: the port is in use.
+    """
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    if http_port is not None:
+        check_port(LOOPBACK, http_port)
+    serve.start(
+        proxy_location="Disabled" if http_port is None else "HeadOnly",
+        http_options=None if http_port is None else {"host": LOOPBACK, "port": http_port},
+        logging_config={"log_level": "ERROR", "enable_access_log": False},
+    )
+    deployment: Any = serve.deployment(
+        TeacherService,
+        name="TeacherService",
+        num_replicas=replicas,
+        max_ongoing_requests=16,
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        logging_config={"log_level": "ERROR", "enable_access_log": False},
+    )
+    application = deployment.bind(config.dump())
+    name = application_name(run, teacher)
+    return serve.run(application, name=name, route_prefix=None if http_port is None else f"/{name}")
+
+
+def teacher_handle(run: str, teacher: str) -> Any:
+    """The handle of a running teacher service."""
+    from ray import serve
+
+    return serve.get_app_handle(application_name(run, teacher))
+
+
+def stop_teacher(run: str, teacher: str) -> None:
+    """Remove a teacher's application; Serve itself stays for the others."""
+    from ray import serve
+
+    serve.delete(application_name(run, teacher))

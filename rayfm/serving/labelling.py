@@ -1,0 +1,213 @@
+"""Labelling whole lanes: Ray Data reads, the teacher service scores through its handle, the label store commits.
+
+No row passes the driver: tasks write their lanes' data files and hand back small records, which one commit makes
+visible together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayfm.config import DataError, LabelError, RayfmError, errors
+from rayfm.data.reader import quiet_ray_data
+from rayfm.data.steps import Lookup
+from rayfm.data.store import ExampleStore
+from rayfm.labels.columns import check_leak
+from rayfm.labels.lane_file import LaneRecord, write_lane_file
+from rayfm.labels.lookup import LabelLookup
+from rayfm.labels.store import LabelStore
+from rayfm.models.base import MODELS
+from rayfm.schema import EXAMPLE_ID, TRAFFIC, WEIGHTS_SUFFIX, Kind, Schema
+from rayfm.snapshots.load import SnapshotStore
+from rayfm.snapshots.metadata.base import MetadataStore
+from rayfm.training.spec import PinnedLabels
+
+PIN_S = 6 * 3600.0
+"""Seconds that a trainer holds a period's table version; it reads it for one period and never comes back to it."""
+
+IN_FLIGHT = 2
+"""Requests that a task keeps at the service, so that reading and scoring overlap."""
+
+
+def teacher_columns(schema: Schema, features: Sequence[str] | None) -> list[str]:
+    """Columns of the example store that a teacher with these features reads."""
+    wanted = [feature for feature in schema.features if features is None or feature.name in features]
+    weights = [feature.name + WEIGHTS_SUFFIX for feature in wanted if feature.kind == "weighted"]
+    return list(dict.fromkeys([EXAMPLE_ID, TRAFFIC, *(feature.name for feature in wanted), *weights]))
+
+
+def _requests(path: str, columns: list[str], rows: int) -> Iterator[pa.Table]:
+    try:
+        for batch in pq.ParquetFile(path, memory_map=True).iter_batches(rows, columns=columns):
+            yield pa.Table.from_batches([batch])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: corrupt or missing Parquet file ({error}); prepare its period again") from None
+
+
+def score_lane(handle: Any, path: str, columns: list[str], rows: int, version: str) -> pa.Table:
+    """Predictions for every row of a lane file: ``example_id`` and a column per task.
+
+    Raises:
+        LabelError: the service answered with another version.
+        DataError: the file cannot be read.
+    """
+    parts: list[pa.Table] = []
+    waiting: list[tuple[pa.Table, Any]] = []
+
+    def collect() -> None:
+        request, response = waiting.pop(0)
+        answered, predictions = response.result()
+        if answered != version:
+            raise LabelError(f"{path}: asked {version}, the service answered with {answered}")
+        parts.append(predictions.add_column(0, EXAMPLE_ID, request[EXAMPLE_ID]))
+
+    for request in _requests(path, columns, rows):
+        waiting.append((request, handle.score.remote(request, version)))
+        if len(waiting) >= IN_FLIGHT:
+            collect()
+    while waiting:
+        collect()
+    return pa.concat_tables(parts)
+
+
+def label_period(
+    labels: LabelStore,
+    snapshots: SnapshotStore,
+    store: ExampleStore,
+    teacher: str,
+    model: str,
+    version: str,
+    period: str,
+    tasks: tuple[str, ...],
+    handle: Any,
+    considerations: bool = True,
+    rows_per_request: int = 8192,
+    cpus_per_task: float = 0.25,
+) -> dict[str, Any]:
+    """Label one period with one snapshot, exactly once: a job that runs again finds its commit and changes nothing.
+
+    Args:
+        labels, snapshots, store: the stores.
+        teacher: name of the teacher in the label store.
+        model, version: its snapshot.
+        period: a complete period, after the last one that the snapshot was trained on.
+        tasks: what to label.
+        handle: the teacher service's handle.
+        considerations: whether considerations are labelled too.
+        rows_per_request: rows of one call to the service.
+        cpus_per_task: CPUs of a reading task.
+
+    Returns:
+        The period's ticket: teacher, version, trained_through, rows, labelled, coverage by kind, table_version,
+        seconds.
+
+    Raises:
+        LabelError: the snapshot saw the period (a leak), or the label store refuses.
+        SnapshotError: the service cannot use the snapshot.
+        DataError: a lane cannot be read.
+    """
+    import ray.data
+
+    started = time.perf_counter()
+    manifest = store.manifest(period)
+    snapshot = snapshots.manifest(model, version)
+    schema = Schema.model_validate(snapshot.example_schema)
+    config = MODELS[snapshot.config["type"]].Config.model_validate(snapshot.config)
+    check_leak(teacher, version, snapshot.trained_through, period)
+    kinds: tuple[Kind, ...] = ("impression", "consideration") if considerations else ("impression",)
+    lanes = [(kind, lane) for kind in kinds for lane in range(manifest.lanes) if manifest.lane_rows(kind, lane)]
+    columns = teacher_columns(schema, config.features)
+    root = str(labels.root)
+    predicted = [schema.task(task) for task in tasks]
+
+    def write(block: pa.Table) -> pa.Table:
+        try:
+            records = write_lanes(block)
+        except RayfmError as error:
+            # As a row, since Ray Data keeps neither type nor message of what a task raises. What a replica raised
+            # comes wrapped in Ray's own.
+            own = getattr(error, "cause", error)
+            return pa.table({"record": pa.nulls(1, pa.string()), "refused": [type(own).__name__], "why": [str(own)]})
+        none = pa.nulls(len(records), pa.string())
+        return pa.table({"record": pa.array(records, pa.string()), "refused": none, "why": none})
+
+    def write_lanes(block: pa.Table) -> list[str]:
+        records = []
+        for kind, lane in zip(block["kinds"].to_pylist()[0], block["lanes"].to_pylist()[0], strict=True):
+            path = str(store.lane_path(period, kind, lane))
+            record = write_lane_file(
+                root,
+                teacher=teacher,
+                version=version,
+                trained_through=snapshot.trained_through,
+                period=period,
+                kind=kind,
+                lane=lane,
+                labels=score_lane(handle, path, columns, rows_per_request, version),
+                tasks=predicted,
+            )
+            records.append(record.model_dump_json())
+        return records
+
+    # What an earlier try of the job committed is not scored again.
+    done = labels.labelled_lanes(teacher, version, period)
+    lanes = [lane for lane in lanes if lane not in done]
+    # A task is worth its start-up only for a fair number of rows; two tasks keep reading and scoring overlapped.
+    tasks_wanted = max(2, min(8, sum(manifest.rows(kind) for kind in kinds) // 200_000))
+    share = max(1, -(-len(lanes) // tasks_wanted))
+    work = [lanes[start : start + share] for start in range(0, len(lanes), share)]
+    records: list[LaneRecord] = []
+    if work:
+        with quiet_ray_data():
+            # from_items, not from_arrow: that one runs a task of a whole CPU, which a small machine never has free.
+            dataset = ray.data.from_items(
+                [{"kinds": [kind for kind, _ in part], "lanes": [lane for _, lane in part]} for part in work],
+                override_num_blocks=len(work),
+            ).map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task)
+            found = dataset.take_all()
+        for row in found:
+            if row["refused"] is not None:
+                raise getattr(errors, row["refused"], RayfmError)(row["why"])
+        records = [LaneRecord.model_validate_json(row["record"]) for row in found]
+    committed = labels.commit(records)
+    rows = {kind: manifest.rows(kind) for kind in kinds if manifest.rows(kind)}
+    coverage = labels.coverage(teacher, version, period, rows)
+    return {
+        "teacher": teacher,
+        "version": version,
+        "trained_through": snapshot.trained_through,
+        "period": period,
+        "rows": sum(rows.values()),
+        "labelled": round(sum(coverage[kind] * rows[kind] for kind in rows)),
+        "coverage": coverage,
+        "table_version": committed.table_version,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+class StoredLabels:
+    """Makes look-ups for training workers, each at a pinned table version.
+
+    Args:
+        root: the label store's root.
+        metadata: where pins live.
+        owner: who holds the pins.
+    """
+
+    def __init__(self, root: str, metadata: MetadataStore | None = None, owner: str = "trainer") -> None:
+        self.root, self.metadata, self.owner = root, metadata, owner
+
+    def lookup(self, teacher: str, labels: PinnedLabels, tasks: tuple[str, ...]) -> Lookup:
+        """Supervision columns ``<teacher>/<task>`` from one version's labels.
+
+        Raises:
+            LabelError: the version has no labels, or the pinned table version is gone.
+        """
+        store = LabelStore(self.root, self.metadata)
+        pin = store.pin(teacher, labels.version, self.owner, PIN_S, labels.table_version)
+        return LabelLookup(pin, teacher, labels.version, tasks)

@@ -1,0 +1,188 @@
+"""The teacher as a Ray Serve application: rows in, predictions and the version that made them out."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from starlette.requests import Request
+from starlette.responses import Response
+
+from rayfm.config import Config, DataError, RayfmError
+from rayfm.data.conform import conform
+from rayfm.data.encode import Encoder
+from rayfm.export.served import ServedModel, export_model
+from rayfm.models.base import MODELS, ModelConfig
+from rayfm.schema import Schema
+from rayfm.snapshots.load import SnapshotStore
+
+KEPT_VERSIONS = 2
+"""Versions a replica keeps: the one that answers, and the one before for the job that still names it."""
+
+
+class TeacherServiceConfig(Config):
+    """What a replica needs to find its model."""
+
+    root: str
+    """Folder that holds ``snapshots/``."""
+    model: str
+    """The model's key in the snapshot store."""
+    threads: int = 1
+    predict_rows: int = 4096
+    """Rows of one forward."""
+
+
+@dataclasses.dataclass
+class LoadedVersion:
+    """A served snapshot and how its inputs are encoded."""
+
+    version: str
+    trained_through: str | None
+    model: ServedModel
+    encoder: Encoder
+    tasks: tuple[str, ...]
+
+
+def load_version(store: SnapshotStore, model: str, version: str) -> LoadedVersion:
+    """Load, verify and build a published version for serving.
+
+    Raises:
+        SnapshotError: it is not there, or its bytes differ from its manifest.
+    """
+    manifest = store.manifest(model, version)
+    tensors = store.load(model, version)
+    schema = Schema.model_validate(manifest.example_schema)
+    config: ModelConfig = MODELS[manifest.config["type"]].Config.model_validate(manifest.config)
+    served = export_model(config, schema, manifest.tasks, tensors)
+    served.eval()
+    encoder = Encoder(schema, config.features, labels=False)
+    return LoadedVersion(version, manifest.trained_through, served, encoder, manifest.tasks)
+
+
+def score_table(loaded: LoadedVersion, table: pa.Table, rows_at_once: int = 4096) -> pa.Table:
+    """Predictions for a table of examples: one float32 column per task, in the rows' order."""
+    rows = table.num_rows
+    none = np.zeros((rows, 0), np.float32)
+    chunk = loaded.encoder.encode(table, np.zeros(rows, np.int64), none, none.astype(np.bool_))
+    parts: dict[str, list[torch.Tensor]] = {task: [] for task in loaded.tasks}
+    with torch.inference_mode():
+        for start in range(0, rows, rows_at_once):
+            predictions = loaded.model(loaded.encoder.batch(chunk, start, min(rows, start + rows_at_once)))
+            for task in loaded.tasks:
+                parts[task].append(predictions[task].float())
+    columns = {task: torch.cat(part).numpy() if part else np.zeros(0, np.float32) for task, part in parts.items()}
+    return pa.table(columns)
+
+
+def read_stream(body: bytes) -> pa.Table:
+    """The table of an Arrow IPC stream.
+
+    Raises:
+        DataError: it is not one, or it is cut off.
+    """
+    try:
+        return pa.ipc.open_stream(body).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"the request is not an Arrow IPC stream ({error}); send one of the example store's columns"
+        ) from None
+
+
+def conform_request(encoder: Encoder, table: pa.Table) -> pa.Table:
+    """What a client sent in the example store's types, without the columns that are not read.
+
+    Raises:
+        DataError: a column stands twice, has a type that cannot fit, or holds a value that does not fit.
+    """
+    types = {field.name: field.type for field in encoder.schema.arrow_schema()}
+    columns = {}
+    for name in encoder.columns:
+        if table.column_names.count(name) > 1:
+            raise DataError(f"the request has column {name!r} twice; send it once")
+        if name not in table.column_names:
+            continue  # the encoder says which one is missing
+        columns[name], unfit = conform(name, table[name], types[name])
+        if unfit is not None and unfit.any():
+            raise DataError(f"row {int(unfit.argmax())}: column {name!r} holds a value that no {types[name]} can")
+    return pa.table(columns)
+
+
+class TeacherService:
+    """One replica. A request names the version that it wants; a replica loads it beside the one that answers.
+
+    Args:
+        config: where the model is. Changed through Serve's ``user_config`` without a restart: ``{"version": v}`` makes
+            v the version that answers requests that name none.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = TeacherServiceConfig.model_validate(config)
+        torch.set_num_threads(self.config.threads)
+        self.store = SnapshotStore(self.config.root)
+        self._versions: OrderedDict[str, LoadedVersion] = OrderedDict()
+        self._lock = threading.Lock()
+        # One thread: torch's own threads do the work, and two forwards side by side would only take turns.
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayfm-score")
+        self._current: str | None = None
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls this at the start and when ``user_config`` changes; requests go on meanwhile."""
+        version = user_config.get("version")
+        if version is not None:
+            self._load(str(version))
+            self._current = str(version)
+
+    async def score(self, table: pa.Table, version: str | None = None) -> tuple[str, pa.Table]:
+        """(version, predictions) for ``table``.
+
+        Raises:
+            SnapshotError: the version cannot be loaded; ValueError: none was named and none is current.
+        """
+        return await self._answer(table, version)
+
+    async def __call__(self, request: Request) -> Response:
+        """HTTP: an Arrow IPC stream of examples in, one of predictions out; ``x-rayfm-version`` names the version."""
+        try:
+            table = read_stream(await request.body())
+            version, predictions = await self._answer(table, request.query_params.get("version"), conform_first=True)
+        except (RayfmError, ValueError) as error:
+            return Response(str(error), status_code=400, media_type="text/plain")
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, predictions.schema) as writer:
+            writer.write_table(predictions)
+        return Response(
+            sink.getvalue().to_pybytes(),
+            media_type="application/vnd.apache.arrow.stream",
+            headers={"x-rayfm-version": version},
+        )
+
+    async def _answer(self, table: pa.Table, version: str | None, conform_first: bool = False) -> tuple[str, pa.Table]:
+        wanted = version or self._current
+        if wanted is None:
+            raise ValueError("no version is current; name one")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._score, table, wanted, conform_first)
+
+    def _score(self, table: pa.Table, version: str, conform_first: bool) -> tuple[str, pa.Table]:
+        loaded = self._load(version)
+        if conform_first:
+            table = conform_request(loaded.encoder, table)
+        return loaded.version, score_table(loaded, table, self.config.predict_rows)
+
+    def _load(self, version: str) -> LoadedVersion:
+        with self._lock:
+            loaded = self._versions.get(version)
+            if loaded is None:
+                loaded = load_version(self.store, self.config.model, version)
+                self._versions[version] = loaded
+                while len(self._versions) > KEPT_VERSIONS:
+                    self._versions.popitem(last=False)
+            self._versions.move_to_end(version)
+            return loaded
