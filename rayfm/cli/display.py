@@ -1,0 +1,169 @@
+"""What the command line shows: progress bars, tables, the final lines. All of it fits 80 columns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from rayfm.pipeline.config import PipelineConfig
+
+console = Console(soft_wrap=False)
+
+
+class Display:
+    """Progress bars of a run: preparation, each trainer, each teacher's labels.
+
+    Args:
+        config: the run's config.
+    """
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self.config = config
+        self._bars: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.fields[label]:<20}"),
+            BarColumn(bar_width=22),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.description}"),
+            console=console,
+            refresh_per_second=4,
+        )
+
+    def __enter__(self) -> Display:
+        console.print(f"run [bold]{self.config.name}[/bold] -> {self.config.run_dir}  (starting Ray takes a while)")
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, watch: Any) -> None:
+        """Show how far the parts are."""
+        total = len(watch.pipeline.periods)
+        self._show("prepare", "prepare", watch.prepared, total, "")
+        for spec in watch.pipeline.specs:
+            done, text = watch.trained[spec.name]
+            label = f"teacher {spec.name}" if spec.role == "teacher" else f"{spec.name} ({len(spec.learners)} models)"
+            self._show(f"train {spec.name}", label, done, total, text)
+            if spec.name in watch.labelled:
+                self._show(f"label {spec.name}", f"labels of {spec.name}", watch.labelled[spec.name], total - 1, "")
+
+    def _show(self, key: str, label: str, done: float, total: int, text: str) -> None:
+        if key not in self._bars:
+            self._bars[key] = self._progress.add_task(text, total=total, label=label[:20])
+        bar = self._bars[key]
+        self._progress.update(bar, completed=round(done, 1) if done < total else total, description=text)
+        if done >= total:
+            self._progress.stop_task(bar)
+
+
+def print_summary(summary: dict[str, Any], seconds: float | None, report: Path) -> None:
+    """The final table, and where the report is."""
+    from rayfm.report.table import summary_table
+
+    console.print(summary_table(summary))
+    took = "" if seconds is None else f"{seconds:.0f} s. "
+    here = Path.cwd()
+    shown = report.relative_to(here) if report.is_relative_to(here) else report
+    console.print(f"{took}Report: {shown}", soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
+    return table
+
+
+def prepared_table(manifests: list[Any]) -> Table:
+    """Rows and rejects by period."""
+    table = _table("example store", "period", "impressions", "considerations", "rejected", "lanes")
+    for manifest in manifests:
+        rejected = sum(manifest.rejected.values())
+        table.add_row(
+            manifest.period,
+            f"{manifest.rows('impression'):,}",
+            f"{manifest.rows('consideration'):,}",
+            f"{rejected:,}" if rejected else "-",
+            str(manifest.lanes),
+        )
+    return table
+
+
+def label_table(tickets: list[dict[str, Any]]) -> Table:
+    """What label jobs did."""
+    table = _table("labels", "period", "teacher", "version", "rows", "coverage", "seconds")
+    for ticket in tickets:
+        coverage = ", ".join(f"{share:.1%}" for share in ticket["coverage"].values())
+        table.add_row(
+            ticket["period"], ticket["teacher"], ticket["version"], f"{ticket['rows']:,}", coverage,
+            f"{ticket['seconds']:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def metric_table(rows: list[dict[str, Any]]) -> Table:
+    """Metrics of one snapshot, pooled over traffics."""
+    table = _table("metrics", "period", "kind", "task", "metric", "value", "n")
+    for row in rows:
+        if row["traffic"] == "all" and row["value"] is not None:
+            table.add_row(
+                row["period"], row["kind"], row["task"], row["metric"], f"{row['value']:.4f}", f"{row['n']:,}"
+            )
+    return table
+
+
+def parts_table(what: str) -> Table:
+    """The registered parts with the first line of what each says of itself."""
+    from rayfm.config import ConfigError, nearest
+    from rayfm.data.sources.base import SOURCES
+    from rayfm.distill.base import OBJECTIVES
+    from rayfm.models.base import MODELS
+
+    registries = {"models": MODELS, "objectives": OBJECTIVES, "sources": SOURCES}
+    if what != "all" and what not in registries:
+        raise ConfigError(f"cannot list {what!r}{nearest(what, list(registries))}")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("kind", "type", "what it is"):
+        table.add_column(column, overflow="fold")
+    for kind, registry in registries.items():
+        for name in registry if what in ("all", kind) else ():
+            doc = (registry[name].__doc__ or "").strip().splitlines()
+            table.add_row(kind.removesuffix("s"), name, doc[0] if doc else "")
+    return table
+
+
+def snapshot_table(run_dir: Path) -> Table:
+    """Published versions of a run."""
+    from rayfm.snapshots.load import SnapshotStore
+
+    store = SnapshotStore(run_dir)
+    table = _table(f"snapshots of {run_dir}", "model", "version", "trained through", "MB")
+    for model in store.models():
+        for version in store.versions(model):
+            manifest = store.manifest(model, version)
+            size = sum(file.bytes for file in manifest.files.values()) / 1e6
+            table.add_row(model, version, manifest.trained_through or "-", f"{size:.1f}")
+    return table
+
+
+def labels_table(run_dir: Path) -> Table:
+    """Labels of a run."""
+    from rayfm.labels.store import LabelStore
+
+    table = _table(f"labels of {run_dir}", "teacher", "period", "version", "rows")
+    rows: Counter[tuple[str, str, str]] = Counter()
+    for part in LabelStore(run_dir).list():
+        rows[part.teacher, part.period, part.version] += part.rows
+    for names, count in rows.items():
+        table.add_row(*names, f"{count:,}")
+    return table

@@ -1,0 +1,232 @@
+"""``rayfm``: the command line. Each command is a few lines over the Python function of the same name.
+
+Heavy imports (torch, Ray) happen inside the commands: ``rayfm --help`` answers in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Train large recommender teachers on Ray, let them label what their students see, distil the labels into "
+    "the models that serve.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Inspect and check configurations.")
+snapshots_app = typer.Typer(no_args_is_help=True, help="Published model versions.")
+labels_app = typer.Typer(no_args_is_help=True, help="The label store.")
+app.add_typer(config_app, name="config")
+app.add_typer(snapshots_app, name="snapshots")
+app.add_typer(labels_app, name="labels")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The pipeline's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set seeds=[1,2,3].")
+]
+Data = Annotated[str | None, typer.Option("--data", metavar="FOLDER", help="Where the source's logs are.")]
+Periods = Annotated[list[str] | None, typer.Option("--period", help="Only this period (may be given several times).")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, e.g. runs/demo.", show_default=False)]
+
+
+def _standing(run_dir: Path) -> Path:
+    from rayfm.config import ConfigError
+
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir} is not a run's folder; name one, e.g. runs/demo")
+    return run_dir
+
+
+def _load(path: Path, overrides: list[str] | None, data: str | None) -> Any:
+    from rayfm.config.quiet import quiet_libraries
+
+    quiet_libraries()
+    from rayfm.pipeline.config import load_config
+
+    return load_config(path, overrides, data)
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    set_: Overrides = None,
+    data: Data = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped or killed.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove a run of this name first.")] = False,
+) -> None:
+    """Run the whole pipeline: prepare, train, label, distil, evaluate, report."""
+    from rayfm.cli.display import Display, print_summary
+    from rayfm.pipeline.stream import run as run_pipeline
+
+    loaded = _load(config, set_, data)
+    with Display(loaded) as display:
+        result = run_pipeline(loaded, resume=resume, overwrite=overwrite, watch=display.update)
+    print_summary(result.summary, result.seconds, result.report)
+
+
+@app.command()
+def prepare(config: ConfigFile, set_: Overrides = None, data: Data = None) -> None:
+    """Bring raw logs into the example store: lanes, manifests, rejects."""
+    from rayfm.cli.display import console, prepared_table
+    from rayfm.pipeline.parts import prepare as prepare_examples
+
+    console.print(prepared_table(prepare_examples(_load(config, set_, data))))
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    trainer: Annotated[
+        list[str] | None, typer.Option("--trainer", help="A teacher or a group of students; by default all teachers.")
+    ] = None,
+    set_: Overrides = None,
+    data: Data = None,
+) -> None:
+    """Train teachers, or groups of students whose labels stand, through all prepared periods."""
+    from rayfm.cli.display import console
+    from rayfm.pipeline.parts import train as train_models
+
+    for name, versions in train_models(_load(config, set_, data), trainer).items():
+        console.print(f"{name}: trained; newest versions: {', '.join(versions)}")
+
+
+@app.command()
+def label(
+    config: ConfigFile,
+    teacher: Annotated[list[str] | None, typer.Option("--teacher", help="By default every teacher.")] = None,
+    period: Periods = None,
+    set_: Overrides = None,
+    data: Data = None,
+) -> None:
+    """Let teachers label prepared periods through their service, into the label store."""
+    from rayfm.cli.display import console, label_table
+    from rayfm.pipeline.parts import label as label_periods
+
+    console.print(label_table(label_periods(_load(config, set_, data), teacher, period)))
+
+
+@app.command()
+def evaluate(
+    config: ConfigFile,
+    model: Annotated[str, typer.Option("--model", help="Key of a published model, e.g. fm.none.1 (rayfm snapshots).")],
+    period: Annotated[list[str], typer.Option("--period", help="Period to score (may be given several times).")],
+    version: Annotated[str | None, typer.Option("--version", help="By default the newest.")] = None,
+    set_: Overrides = None,
+    data: Data = None,
+) -> None:
+    """Score a published version on prepared periods."""
+    from rayfm.cli.display import console, metric_table
+    from rayfm.pipeline.parts import evaluate as evaluate_snapshot
+
+    console.print(metric_table(evaluate_snapshot(_load(config, set_, data), model, tuple(period), version)))
+
+
+@app.command()
+def report(run_dir: RunFolder) -> None:
+    """Write report.html from what a run left, and print its table."""
+    from rayfm.cli.display import print_summary
+    from rayfm.pipeline.parts import write_report
+
+    summary, path = write_report(run_dir)
+    print_summary(summary, None, path)
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(help="models, objectives or sources; by default all.")] = "all",
+) -> None:
+    """List the models, objectives and sources that a config can name."""
+    from rayfm.cli.display import console, parts_table
+
+    console.print(parts_table(what))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Also check whether this fits.")] = None,
+    set_: Overrides = None,
+    data: Data = None,
+) -> None:
+    """Check versions, cores, memory, devices and Ray, and whether a config fits this machine."""
+    from rayfm.cli.doctor import diagnose
+
+    loaded = None if config is None else _load(config, set_, data)
+    if not diagnose(loaded):
+        raise typer.Exit(1)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of pipeline configs, for editors."""
+    import json
+
+    from rayfm.pipeline.config import PipelineConfig
+
+    typer.echo(json.dumps(PipelineConfig.model_json_schema(by_alias=True), indent=2))
+
+
+@config_app.command("check")
+def config_check(config: ConfigFile, set_: Overrides = None, data: Data = None) -> None:
+    """Validate a config and print it as resolved, defaults included."""
+    import yaml
+
+    typer.echo(yaml.safe_dump(_load(config, set_, data).dump(), sort_keys=False, width=120))
+
+
+@snapshots_app.command("list")
+def snapshots_list(run_dir: RunFolder) -> None:
+    """List a run's published versions."""
+    from rayfm.cli.display import console, snapshot_table
+
+    console.print(snapshot_table(_standing(run_dir)))
+
+
+@snapshots_app.command("show")
+def snapshots_show(run_dir: RunFolder, model: str, version: Annotated[str | None, typer.Argument()] = None) -> None:
+    """Print a version's manifest (by default the newest version's)."""
+    from rayfm.pipeline.parts import snapshot_manifest
+
+    typer.echo(snapshot_manifest(_standing(run_dir), model, version).model_dump_json(indent=2))
+
+
+@snapshots_app.command("verify")
+def snapshots_verify(run_dir: RunFolder) -> None:
+    """Check every file of every published version against its hash."""
+    from rayfm.pipeline.parts import verify_snapshots
+
+    typer.echo(f"{verify_snapshots(_standing(run_dir))} versions are intact")
+
+
+@labels_app.command("list")
+def labels_list(run_dir: RunFolder) -> None:
+    """List a run's labels by teacher, period and version."""
+    from rayfm.cli.display import console, labels_table
+
+    console.print(labels_table(_standing(run_dir)))
+
+
+def main() -> None:
+    """Entry point: one clear line for a user's error, a traceback with ``--debug``."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except Exception as error:
+        from rayfm.config.errors import RayfmError
+
+        if debug or not isinstance(error, RayfmError):
+            raise
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

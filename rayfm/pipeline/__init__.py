@@ -1,0 +1,1 @@
+"""The loop over periods that ties the rooms together, and its config."""

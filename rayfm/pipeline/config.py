@@ -1,0 +1,223 @@
+"""The one YAML file of a pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rayfm.config import Config, ConfigError, apply_override, nearest, read_yaml, validate
+from rayfm.data.config import DataConfig
+from rayfm.distill.base import OBJECTIVES, ObjectiveConfig
+from rayfm.models.base import MODELS, ModelConfig
+from rayfm.schema import LOGGED_PREFIX, Schema
+from rayfm.training.config import TrainingConfig
+
+Stage = Literal["retrieval", "early", "ranking"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class LabelsConfig(Config):
+    """What a student asks of its teacher's labels."""
+
+    min_coverage: float = Field(0.99, ge=0, le=1)
+    """Share of the impressions that must have a label."""
+    wait: float = Field(3600.0, ge=0)
+    """Seconds to wait for a period's labels."""
+    on_missing: Literal["fail", "train_without"] = "fail"
+    """What to do when they do not come, or cover too little."""
+    first: int = Field(1, ge=1)
+    """Position (from 0) of the first period whose labels are used. A teacher that saw one period may know less than
+    its students; the first period itself can have no labels."""
+
+
+class TeacherConfig(Config):
+    """A teacher (ExFM's FM)."""
+
+    model: Annotated[ModelConfig, MODELS]
+    tasks: tuple[str, ...] | None = None
+    """Tasks to learn and to label; by default all of the schema's."""
+    training: TrainingConfig = TrainingConfig(reader="ray_data")
+    seed: int = 0
+    label_considerations: bool = True
+    """Whether considerations get labels too."""
+    reference: dict[str, str] = {}
+    """Task -> column that considerations are scored against (``logged/<model>/<task>`` or ``truth/<task>``)."""
+
+
+class StudentConfig(Config):
+    """A student (ExFM's VM) and its variants, trained side by side."""
+
+    model: Annotated[ModelConfig, MODELS]
+    tasks: tuple[str, ...] | None = None
+    stage: Stage = "ranking"
+    variants: dict[Name, tuple[Annotated[ObjectiveConfig, OBJECTIVES], ...]] = {"none": ()}
+    """Variant -> its objectives besides the tasks' own loss."""
+    group: str = "students"
+    """The worker group that trains it; students of one group share a reader."""
+    labels: LabelsConfig = LabelsConfig()
+    reference: dict[str, str] = {}
+    """Task -> column that considerations are scored against: the next stage's prediction, as UKDSL does."""
+
+
+class ScheduleConfig(Config):
+    """Which periods do what."""
+
+    warmup: int = Field(ge=1)
+    """Periods before the first test period. Choices are fixed on them; the report's numbers are of those after."""
+    first: str | None = None
+    last: str | None = None
+    """Names of the first and last period to use; by default all that the source has."""
+
+
+class EvaluationConfig(Config):
+    """How predictions are scored."""
+
+    replicates: int = Field(200, ge=0)
+    """Bootstrap replicates behind the intervals; 0: no intervals."""
+    consideration_share: float = Field(1.0, ge=0, le=1)
+    """Share of the considerations to predict and score."""
+    reference_variant: str = "none"
+    """The variant that the others are compared with."""
+
+
+class ServingConfig(Config):
+    """The teacher service."""
+
+    replicas: int = Field(1, ge=1)
+    cpus: float = Field(0.25, gt=0)
+    gpus: float = Field(0.0, ge=0)
+    threads: int = Field(1, ge=1)
+    rows_per_request: int = Field(8192, ge=1)
+    http_port: int | None = Field(None, ge=1, le=65535)
+    """Also answer over HTTP on this port of the loopback interface."""
+
+
+class RayConfig(Config):
+    """The Ray cluster."""
+
+    address: str | None = None
+    """``auto`` or an address to join a cluster; by default a Ray of its own on this machine."""
+    cpus: float | None = Field(None, gt=0)
+    """CPUs of the Ray that is started here; by default the machine's cores."""
+    data_cpus: float = Field(0.5, gt=0)
+    """CPUs kept free of trainers and replicas, for Ray Data tasks."""
+    object_store_mb: int = Field(512, ge=100)
+    """Size of the object store of the Ray that is started here."""
+
+
+class PipelineConfig(Config):
+    """A whole pipeline: data, teachers, students, schedule, storage."""
+
+    name: Name
+    storage: str = "runs/data"
+    """Folder of the example store (examples, truth, rejects). Runs on the same data share it. On a cluster: a folder
+    that every node mounts."""
+    runs: str = "runs"
+    """Folder of the runs: each has its snapshots, labels, checkpoints, metrics and report in a folder of its name."""
+    seeds: tuple[int, ...] = Field((1,), min_length=1)
+    """Every variant is trained once per seed."""
+    data: DataConfig
+    schema_: Schema = Field(alias="schema")
+    schedule: ScheduleConfig
+    teachers: dict[Name, TeacherConfig] = {}
+    students: dict[Name, StudentConfig]
+    groups: dict[Name, TrainingConfig] = {"students": TrainingConfig()}
+    """Worker groups of the students."""
+    consideration_share: float = Field(0.0, ge=0, le=1)
+    """Share of the considerations in training batches."""
+    keep_snapshots: int = Field(3, ge=1)
+    """Newest published versions of a student that a run keeps; a teacher's are all kept."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    serving: ServingConfig = ServingConfig()
+    ray: RayConfig = RayConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs) / self.name
+
+    def tasks_of(self, part: TeacherConfig | StudentConfig) -> tuple[str, ...]:
+        """The tasks of a teacher or student, in the schema's order."""
+        return tuple(t.name for t in self.schema_.tasks if part.tasks is None or t.name in part.tasks)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PipelineConfig:
+        tasks = [task.name for task in self.schema_.tasks]
+        features = [feature.name for feature in self.schema_.features]
+        for what, others in (("student", self.students), ("worker group", self.groups)):
+            clash = set(self.teachers) & set(others)
+            if clash:
+                raise ValueError(f"{min(clash)!r} is both a teacher and a {what}; rename one")
+        for name in ("truth", "logged"):
+            if name in self.teachers:
+                raise ValueError(f"a teacher cannot be called {name!r}: columns that begin so have another meaning")
+        parts: list[tuple[str, TeacherConfig | StudentConfig]] = [*self.teachers.items(), *self.students.items()]
+        for name, part in parts:
+            for task in part.tasks or ():
+                if task not in tasks:
+                    raise ValueError(f"{name}: task {task!r} is not in the schema{nearest(task, tasks)}")
+            for feature in part.model.features or ():
+                if feature not in features:
+                    raise ValueError(f"{name}: feature {feature!r} is not in the schema{nearest(feature, features)}")
+            for task, column in part.reference.items():
+                own = list(self.tasks_of(part))
+                if task not in own:
+                    raise ValueError(f"{name}: reference of {task!r}, which is no task of it{nearest(task, own)}")
+                self._check_column(name, f"reference of {task!r}", column, truth=True)
+        for name, student in self.students.items():
+            if student.group not in self.groups:
+                raise ValueError(
+                    f"{name}: worker group {student.group!r} is not defined{nearest(student.group, list(self.groups))}"
+                )
+            for variant, objectives in student.variants.items():
+                for objective in objectives:
+                    for column in objective.supervision(self.tasks_of(student)):
+                        self._check_column(name, f"variant {variant!r}", column, truth=False)
+        trainings = [(f"teacher {name}", teacher.training) for name, teacher in self.teachers.items()]
+        for name, training in [*trainings, *((f"group {name}", group) for name, group in self.groups.items())]:
+            self._check_training(name, training)
+        return self
+
+    def _check_training(self, owner: str, training: TrainingConfig) -> None:
+        for table in (*training.table_overrides, *training.sharding_overrides):
+            if table not in self.schema_.tables:
+                known = nearest(table, list(self.schema_.tables))
+                raise ValueError(f"{owner}: override for table {table!r}, which is not in the schema{known}")
+        lanes = self.data.lanes
+        for key, size in (("batch_size", training.batch_size), ("predict_batch_size", training.predict_batch_size)):
+            if size % lanes:
+                nearby = max(1, size // lanes) * lanes
+                raise ValueError(f"{owner}: {key} {size} is not a multiple of data.lanes {lanes}; take {nearby}")
+
+    def _check_column(self, owner: str, what: str, column: str, truth: bool) -> None:
+        head, _, task = column.partition("/")
+        if column.startswith(LOGGED_PREFIX) or (truth and head == "truth"):
+            return
+        if head not in self.teachers:
+            known = nearest(head, list(self.teachers)) or "; no teacher is defined"
+            raise ValueError(f"{owner}: {what} reads {column!r}, but there is no teacher {head!r}{known}")
+        taught = self.tasks_of(self.teachers[head])
+        if task not in taught:
+            raise ValueError(
+                f"{owner}: {what} reads {column!r}, but teacher {head!r} has no task {task!r}"
+                f"{nearest(task, list(taught))}"
+            )
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None, data: str | None = None) -> PipelineConfig:
+    """Read a pipeline's YAML file, apply ``--set`` overrides and ``--data`` (the source's ``path``), and validate it.
+
+    Raises:
+        ConfigError: with every complaint, one a line.
+    """
+    mapping = read_yaml(path)
+    if data is not None:
+        part = mapping.get("data")
+        source = part.get("source") if isinstance(part, dict) else None
+        if not isinstance(source, dict):
+            raise ConfigError(f"{path}: 'data.source' is missing; --data sets its path")
+        source["path"] = data
+    for assignment in overrides or []:
+        apply_override(mapping, assignment)
+    return validate(PipelineConfig, mapping, str(path))

@@ -1,0 +1,138 @@
+"""From the config to what each trainer is told."""
+
+from __future__ import annotations
+
+from rayfm.config import ConfigError
+from rayfm.pipeline.config import LabelsConfig, PipelineConfig, StudentConfig
+from rayfm.training.learner import LearnerConfig
+from rayfm.training.spec import TrainerSpec
+
+TEACHER_VARIANT = "teacher"
+
+
+def choose_periods(config: PipelineConfig, available: list[str]) -> tuple[str, ...]:
+    """The periods of the schedule among those that the source has.
+
+    Raises:
+        ConfigError: the bounds name none, or too few are left to test on.
+    """
+    schedule = config.schedule
+    for bound in (schedule.first, schedule.last):
+        if bound is not None and bound not in available:
+            raise ConfigError(f"schedule: period {bound!r} is not in the source, which has {_span(available)}")
+    periods = tuple(
+        period
+        for period in available
+        if (schedule.first is None or period >= schedule.first) and (schedule.last is None or period <= schedule.last)
+    )
+    if len(periods) <= schedule.warmup:
+        raise ConfigError(
+            f"schedule: warmup {schedule.warmup} leaves no test period of the {len(periods)} there are; lower it"
+        )
+    return periods
+
+
+def _span(periods: list[str]) -> str:
+    return f"{periods[0]} .. {periods[-1]}" if periods else "none"
+
+
+def teacher_key(config: PipelineConfig, teacher: str) -> str:
+    """The teacher's key in snapshots and checkpoints."""
+    return f"{teacher}.{TEACHER_VARIANT}.{config.teachers[teacher].seed}"
+
+
+def teacher_spec(config: PipelineConfig, name: str, periods: tuple[str, ...]) -> TrainerSpec:
+    """What the trainer of a teacher is told."""
+    teacher = config.teachers[name]
+    return TrainerSpec(
+        name=name,
+        role="teacher",
+        learners=(
+            LearnerConfig(
+                model_name=name,
+                variant=TEACHER_VARIANT,
+                seed=teacher.seed,
+                model=teacher.model,
+                tasks=config.tasks_of(teacher),
+                reference=teacher.reference,
+            ),
+        ),
+        training=teacher.training,
+        schema_=config.schema_,
+        features=teacher.model.features,
+        periods=periods,
+        store=config.storage,
+        run_dir=str(config.run_dir),
+        evaluated_share=config.evaluation.consideration_share if teacher.reference else 0.0,
+        replicates=config.evaluation.replicates,
+    )
+
+
+def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[TrainerSpec]:
+    """What each group of students is told."""
+    specs = []
+    for group in sorted({student.group for student in config.students.values()}):
+        students = {name: student for name, student in config.students.items() if student.group == group}
+        learners = tuple(
+            LearnerConfig(
+                model_name=name,
+                variant=variant,
+                seed=seed,
+                model=student.model,
+                tasks=config.tasks_of(student),
+                objectives=objectives,
+                reference=student.reference,
+            )
+            for name, student in students.items()
+            for variant, objectives in student.variants.items()
+            for seed in config.seeds
+        )
+        read = [column for learner in learners for column in (*learner.supervision(), *learner.reference.values())]
+        wanted = [student.model.features for student in students.values()]
+        names = {name for features in wanted for name in features or ()}
+        specs.append(
+            TrainerSpec(
+                name=group,
+                role="students",
+                learners=learners,
+                training=config.groups[group],
+                schema_=config.schema_,
+                features=None if None in wanted else tuple(f.name for f in config.schema_.features if f.name in names),
+                periods=periods,
+                store=config.storage,
+                run_dir=str(config.run_dir),
+                teachers=tuple(name for name in config.teachers if any(c.startswith(f"{name}/") for c in read)),
+                consideration_share=config.consideration_share,
+                evaluated_share=config.evaluation.consideration_share,
+                replicates=config.evaluation.replicates,
+            )
+        )
+    return specs
+
+
+def group_labels(config: PipelineConfig, group: str) -> LabelsConfig:
+    """What a group asks of labels: the strictest of what its students ask, since they share a reader."""
+    asked: list[LabelsConfig] = [student.labels for student in _members(config, group)]
+    return LabelsConfig(
+        min_coverage=max(labels.min_coverage for labels in asked),
+        wait=max(labels.wait for labels in asked),
+        first=min(labels.first for labels in asked),
+        on_missing="fail" if any(labels.on_missing == "fail" for labels in asked) else "train_without",
+    )
+
+
+def _members(config: PipelineConfig, group: str) -> list[StudentConfig]:
+    return [student for student in config.students.values() if student.group == group]
+
+
+def teachers_of(config: PipelineConfig) -> dict[str, str]:
+    """Student -> the teacher that it is compared with: the first that one of its variants learns from."""
+    found: dict[str, str] = {}
+    for name, student in config.students.items():
+        for objectives in student.variants.values():
+            for objective in objectives:
+                for column in objective.supervision(config.tasks_of(student)):
+                    head = column.partition("/")[0]
+                    if head in config.teachers:
+                        found.setdefault(name, head)
+    return found

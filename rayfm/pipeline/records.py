@@ -1,0 +1,119 @@
+"""The run directory's files: metrics.jsonl, progress.jsonl and summary.json, made from durable records alone.
+
+Nothing here is gathered in memory during the run, so that a run that was killed and resumed ends with the same files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rayfm.data.store import ExampleStore, write_json_atomic
+from rayfm.metrics import Entry, MetricState, lines, summarise
+from rayfm.pipeline.config import PipelineConfig
+from rayfm.pipeline.plan import teachers_of
+from rayfm.pipeline.tickets import Tickets
+from rayfm.training.loop import PeriodRecord
+from rayfm.training.spec import TrainerSpec
+
+
+class RunRecords:
+    """Reads what trainers and label jobs left, writes what people and the report read.
+
+    Args:
+        config: the run's config.
+        specs: its trainers.
+        tickets: its tickets; label jobs left theirs there.
+    """
+
+    def __init__(self, config: PipelineConfig, specs: list[TrainerSpec], tickets: Tickets) -> None:
+        self.config, self.specs, self.tickets = config, specs, tickets
+        self.store = ExampleStore(config.storage)
+        self._written: set[tuple[str, str]] = set()
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.config.run_dir / "metrics.jsonl"
+
+    def start(self) -> None:
+        """Begin the metrics file anew; `refresh` fills it from the records."""
+        self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
+        self.metrics_path.write_text("")
+        self._written.clear()
+
+    def refresh(self) -> list[PeriodRecord]:
+        """Append the metrics of periods that trainers finished since the last call; returns their records."""
+        fresh = []
+        for spec in self.specs:
+            for period in spec.periods:
+                path = spec.folder / "periods" / f"{period}.json"
+                if (spec.name, period) in self._written or not path.exists():
+                    continue
+                fresh.append(PeriodRecord.model_validate_json(path.read_text()))
+                with self.metrics_path.open("a") as file:
+                    for entry in self._entries_of(spec, period):
+                        for row in lines(entry.state, period, entry.model, entry.variant, entry.seed, entry.train_rate):
+                            file.write(json.dumps(row) + "\n")
+                self._written.add((spec.name, period))
+        return fresh
+
+    def _entries_of(self, spec: TrainerSpec, period: str) -> Iterator[Entry]:
+        folder = spec.folder / "metrics" / period
+        if not (folder / "rates.json").exists():
+            return
+        rates = json.loads((folder / "rates.json").read_text())
+        for learner in spec.learners:
+            state = MetricState.load(folder / f"{learner.key}.npz")
+            yield Entry(learner.model_name, learner.variant, learner.seed, period, state, rates)
+
+    def entries(self, periods: tuple[str, ...]) -> Iterator[Entry]:
+        """Every model's sums of the given periods."""
+        for spec in self.specs:
+            for period in periods:
+                yield from self._entries_of(spec, period)
+
+    def summary(self) -> dict[str, Any]:
+        """Summarise the test periods and write ``summary.json``."""
+        periods = self.specs[0].periods[self.config.schedule.warmup :]
+        summary: dict[str, Any] = summarise(
+            self.entries(periods),
+            reference_variant=self.config.evaluation.reference_variant,
+            teacher=teachers_of(self.config),
+        )
+        write_json_atomic(self.config.run_dir / "summary.json", summary)
+        return summary
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened, period by period; also written to ``progress.jsonl``."""
+        found: list[dict[str, Any]] = []
+        prepared = set(self.store.periods())
+        for period in self.specs[0].periods:
+            if period in prepared:
+                manifest = self.store.manifest(period)
+                found.append(
+                    {
+                        "event": "prepared",
+                        "period": period,
+                        "rows": {kind: manifest.rows(kind) for kind in ("impression", "consideration")},
+                        "rejected": manifest.rejected,
+                        "marginals": [marginal.dump() for marginal in manifest.marginals],
+                    }
+                )
+            for teacher in self.config.teachers:
+                ticket = self.tickets.get("labelled", teacher, period)
+                if ticket is not None:
+                    found.append({"event": "labelled", "period": period, "teacher": teacher, **ticket})
+            for spec in self.specs:
+                path = spec.folder / "periods" / f"{period}.json"
+                if path.exists():
+                    record = PeriodRecord.model_validate_json(path.read_text())
+                    found.append({"event": "trained", **record.dump()})
+                    found += [
+                        {"event": "published", "model": model, "version": version, "period": period}
+                        for model, version in record.versions.items()
+                    ]
+        text = "".join(json.dumps(event) + "\n" for event in found)
+        (self.config.run_dir / "progress.jsonl").write_text(text)
+        return found

@@ -1,0 +1,61 @@
+"""Starting Ray quietly, or joining a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from rayfm.config import CapacityError
+from rayfm.config.quiet import QUIET_ENVIRONMENT, quiet_libraries
+from rayfm.pipeline.config import RayConfig
+
+
+@contextlib.contextmanager
+def ray_session(config: RayConfig) -> Iterator[None]:
+    """Ray for the time of a run: the one that runs in this process already, a cluster's, or one of our own.
+
+    Raises:
+        CapacityError: no cluster answers at the address.
+    """
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    quiet_libraries()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "runtime_env": {"env_vars": QUIET_ENVIRONMENT, "worker_process_setup_hook": "rayfm.config.quiet.quiet_worker"},
+    }
+    try:
+        if address:
+            ray.init(address=address, **common)
+        else:
+            # "local": without it Ray joins whatever `ray start` last left on this machine, be it alive or long gone.
+            ray.init(
+                address="local",
+                num_cpus=int(config.cpus) if config.cpus else None,
+                object_store_memory=config.object_store_mb * 2**20,
+                include_dashboard=False,
+                **common,
+            )
+    except ConnectionError as error:
+        raise CapacityError(f"no Ray cluster at {address}: {error}; start one or leave ray.address out") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()  # ends our own Ray with all that runs in it; from a cluster it only disconnects
+
+
+def cluster_resources() -> tuple[float, float]:
+    """CPUs and GPUs of the whole cluster."""
+    import ray
+
+    total = ray.cluster_resources()
+    return float(total.get("CPU", 0.0)), float(total.get("GPU", 0.0))

@@ -1,0 +1,401 @@
+"""The main job: teacher and students walk through the periods side by side, labels between them.
+
+One driver, a thread per part: each trainer's ``fit``, each teacher's label jobs, the preparation. They meet only in
+the period tickets, so any of them can die and be started again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayfm.config import ConfigError, DataError, RayfmError, write_yaml
+from rayfm.data.prepare import missing_periods
+from rayfm.data.prepare import prepare as prepare_source
+from rayfm.data.sources.base import SOURCES
+from rayfm.data.store import ExampleStore
+from rayfm.labels.store import LabelStore
+from rayfm.pipeline.capacity import check_capacity
+from rayfm.pipeline.config import PipelineConfig
+from rayfm.pipeline.plan import choose_periods, group_labels, student_specs, teacher_key, teacher_spec
+from rayfm.pipeline.records import RunRecords
+from rayfm.pipeline.session import cluster_resources, ray_session
+from rayfm.pipeline.tickets import Tickets, TrainerTickets, check_order, metadata_path
+from rayfm.serving.application import start_teacher, stop_teacher
+from rayfm.serving.labelling import StoredLabels, label_period
+from rayfm.serving.teacher import TeacherServiceConfig
+from rayfm.snapshots.collect import Collector
+from rayfm.snapshots.load import SnapshotStore
+from rayfm.snapshots.metadata.sqlite import SQLiteMetadataStore
+from rayfm.training.loop import PeriodRecord
+from rayfm.training.spec import TrainerSpec
+from rayfm.training.trainer import fit, progress_file
+
+LEASE_S = 120.0
+
+
+@dataclasses.dataclass
+class RunResult:
+    """What a finished run leaves."""
+
+    run_dir: Path
+    summary: dict[str, Any]
+    report: Path
+    seconds: float
+
+
+@dataclasses.dataclass
+class Watch:
+    """What a display shows of a run under way; read from files and tickets, so it can be late but not wrong."""
+
+    pipeline: Pipeline
+    prepared: int
+    labelled: dict[str, int]
+    trained: dict[str, tuple[float, str]]
+    """Trainer -> (periods done, fraction included; what it is doing)."""
+
+
+class Pipeline:
+    """A run's parts: its stores, its trainers' specs, its tickets.
+
+    Args:
+        config: the pipeline's config.
+    """
+
+    def __init__(self, config: PipelineConfig) -> None:
+        # Workers run in folders of their own: a path relative to this one would mean another place there.
+        storage, runs = (str(Path(folder).absolute()) for folder in (config.storage, config.runs))
+        config = config.model_copy(update={"storage": storage, "runs": runs})
+        self.config = config
+        self.source = SOURCES.build(config.data.source, config.schema_)
+        self.periods = choose_periods(config, [period.name for period in self.source.periods()])
+        check_order(self.periods)
+        self.run_dir = config.run_dir
+        self.store = ExampleStore(config.storage)
+        _make_folder(self.run_dir)
+        self.metadata = SQLiteMetadataStore(metadata_path(self.run_dir))
+        self.tickets = Tickets(self.metadata, config.name)
+        self.labels = LabelStore(self.run_dir, self.metadata)
+        self.snapshots = SnapshotStore(self.run_dir)
+        self.collector = Collector(self.snapshots, self.metadata, keep=config.keep_snapshots)
+        self.teacher_specs = [teacher_spec(config, name, self.periods) for name in config.teachers]
+        self.student_specs = student_specs(config, self.periods)
+        self.specs: list[TrainerSpec] = [*self.teacher_specs, *self.student_specs]
+        self.records = RunRecords(config, self.specs, self.tickets)
+
+    # -- the parts ----------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Bring the source's periods into the example store; what stands there is kept."""
+        data = self.config.data
+        prepare_source(self.source, self.config.schema_, self.store, data.lanes, cpus_per_task=data.cpus_per_task)
+
+    def coordinator(self, spec: TrainerSpec, prepare_timeout: float = 3600.0, alone: bool = False) -> TrainerTickets:
+        """The coordinator of a trainer.
+
+        Args:
+            spec: the trainer.
+            prepare_timeout: seconds to wait for a period to be prepared.
+            alone: nothing else runs: wait for no label job and for no labels.
+        """
+        teaches = any(spec.name in student.teachers for student in self.student_specs)
+        labels = group_labels(self.config, spec.name) if spec.role == "students" else None
+        return TrainerTickets(
+            self.tickets,
+            spec.name,
+            self.store,
+            self.periods,
+            teachers=spec.teachers,
+            labels=labels.model_copy(update={"wait": 0.0}) if labels is not None and alone else labels,
+            label_teacher=spec.role == "teacher" and teaches and not alone,
+            prepare_timeout=prepare_timeout,
+        )
+
+    def train(self, spec: TrainerSpec, coordinator: TrainerTickets | None = None) -> None:
+        """Train one group through all periods."""
+        labels = StoredLabels(str(self.run_dir.absolute()), self.metadata, spec.name)
+        fit(spec, coordinator or self.coordinator(spec), labels)
+        self.tickets.check()
+
+    def serve(self, teacher: str) -> Any:
+        """Start a teacher's service; returns its handle."""
+        serving = self.config.serving
+        return start_teacher(
+            self.config.name,
+            teacher,
+            TeacherServiceConfig(
+                root=str(self.run_dir.absolute()), model=teacher_key(self.config, teacher), threads=serving.threads
+            ),
+            replicas=serving.replicas,
+            cpus=serving.cpus,
+            gpus=serving.gpus,
+            http_port=serving.http_port,
+        )
+
+    def label(
+        self, teacher: str, handle: Any, periods: tuple[str, ...] | None = None, timeout: float | None = None
+    ) -> None:
+        """Label periods in order, each with the snapshot trained through the period before it.
+
+        Args:
+            teacher: the teacher.
+            handle: its service.
+            periods: which; all but the first by default.
+            timeout: seconds to wait for the snapshot that a period needs; by default as long as it takes.
+
+        Raises:
+            LabelError: the snapshot did not come, or the label store refuses.
+        """
+        key = teacher_key(self.config, teacher)
+        for index, period in enumerate(self.periods):
+            if index == 0 or (periods is not None and period not in periods):
+                continue
+            if self.tickets.get("labelled", teacher, period) is not None:
+                continue
+            before = self.periods[index - 1]
+            trained = self.tickets.wait("trained", teacher, before, timeout)
+            if trained is None:
+                raise DataError(
+                    f"teacher {teacher}: no snapshot is trained through {before}, which labels of {period} need; "
+                    "run `rayfm train` for it first"
+                )
+            self._wait_prepared(period, timeout)
+            version = str(trained["versions"][key])
+            lease = self.collector.hold(key, version, f"label {period}", LEASE_S)
+            stop = self._keep(lease)
+            try:
+                ticket = label_period(
+                    self.labels,
+                    self.snapshots,
+                    self.store,
+                    teacher,
+                    key,
+                    version,
+                    period,
+                    self.config.tasks_of(self.config.teachers[teacher]),
+                    handle,
+                    considerations=self.config.teachers[teacher].label_considerations,
+                    rows_per_request=self.config.serving.rows_per_request,
+                )
+            finally:
+                stop()
+            self.tickets.put("labelled", teacher, period, ticket)
+
+    def _wait_prepared(self, period: str, timeout: float | None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while period not in self.store.periods():
+            self.tickets.check()
+            if deadline is not None and time.monotonic() > deadline:
+                self.store.manifest(period)
+            time.sleep(0.1)
+
+    def _keep(self, lease: Any) -> Callable[[], None]:
+        """Extend a lease until the returned function is called, which gives it back."""
+        done = threading.Event()
+        held = [lease]
+
+        def extend() -> None:
+            while not done.wait(LEASE_S / 3):
+                held[0] = self.metadata.extend(held[0], LEASE_S)
+
+        thread = threading.Thread(target=extend, daemon=True, name="rayfm-lease")
+        thread.start()
+
+        def stop() -> None:
+            done.set()
+            thread.join()
+            self.metadata.release(held[0])
+
+        return stop
+
+    def watch(self) -> Watch:
+        """How far the parts are."""
+        prepared = set(self.store.periods())
+        trained = {}
+        for spec in self.specs:
+            done = sum((spec.folder / "periods" / f"{period}.json").exists() for period in self.periods)
+            text, fraction = "", 0.0
+            report = progress_file(spec).read()
+            if report is not None and done < len(self.periods) and report["period"] == self.periods[done]:
+                share = report["step"] / max(1, report["steps"])
+                fraction = 0.2 * share if report["phase"] == "predict" else 0.2 + 0.8 * share
+                text = f"{report['phase']} {report['period']}"
+            elif done < len(self.periods):
+                text = f"waiting for {self.periods[done]}" if done or report else "starting"
+            trained[spec.name] = (done + fraction, text)
+        labelled = {
+            teacher: sum(self.tickets.get("labelled", teacher, period) is not None for period in self.periods)
+            for teacher in self.config.teachers
+        }
+        return Watch(self, sum(period in prepared for period in self.periods), labelled, trained)
+
+    # -- the whole ----------------------------------------------------------------------------------------------
+
+    def open(self, resume: bool, overwrite: bool) -> None:
+        """Make the run's folder, or take up the one that stands.
+
+        Raises:
+            ConfigError: it stands and neither ``resume`` nor ``overwrite`` is asked for, or it is another config's.
+            DataError: it cannot be written.
+        """
+        saved = self.run_dir / "config.yaml"
+        if saved.exists() and overwrite:
+            self.metadata.close()
+            shutil.rmtree(self.run_dir)
+        elif saved.exists() and not resume:
+            raise ConfigError(
+                f"{self.run_dir} holds a run; --resume goes on with it, --overwrite starts anew, --set name=NAME "
+                "makes another"
+            )
+        elif saved.exists():
+            self._same_config(saved)
+        _make_folder(self.run_dir)
+        _make_folder(self.store.root)
+        write_yaml(self.config, saved)
+        self.tickets.clear_failure()
+
+    def _same_config(self, saved: Path) -> None:
+        before, now = yaml.safe_load(saved.read_text()), self.config.dump()
+        for key in ("ray", "runs", "storage"):
+            before.pop(key, None)
+            now.pop(key, None)
+        key = ".".join(_first_difference(before, now))
+        if key:
+            raise ConfigError(
+                f"{saved}: {key!r} differs from the config given; resume with the run's own config, or --overwrite"
+            )
+
+    def run(self, watch: Callable[[Watch], None] | None = None) -> None:
+        """Run all parts to their end. Ray must be running.
+
+        Raises:
+            RayfmError: the first failure of any part.
+        """
+        check_capacity(self.config, *cluster_resources())
+        # Before anything is started: is what the store holds ours?
+        missing_periods(self.source, self.config.schema_, self.store, self.config.data.lanes)
+        self.records.start()
+        parts: dict[Future[Any], str] = {}
+        with ThreadPoolExecutor(max_workers=2 + 2 * len(self.specs)) as pool:
+
+            def start(name: str, work: Callable[..., Any], *arguments: Any) -> None:
+                parts[pool.submit(work, *arguments)] = name
+
+            start("prepare", self.prepare)
+            for spec in self.specs:
+                start(spec.name, self.train, spec)
+            for spec in self.student_specs:
+                for teacher in spec.teachers:
+                    if f"labels of {teacher}" not in parts.values():
+                        start(f"labels of {teacher}", self.serve_and_label, teacher)
+            failure: BaseException | None = None
+            pending = set(parts)
+            while pending:
+                done, pending = wait(pending, timeout=0.25, return_when=FIRST_COMPLETED)
+                for part in done:
+                    error = part.exception()
+                    if error is not None and failure is None:
+                        failure = error
+                        self.tickets.fail(parts[part], str(error))
+                for record in self.records.refresh():
+                    self._collect(record)
+                if watch is not None:
+                    watch(self.watch())
+        if failure is not None:
+            cause = self.tickets.failure()
+            if isinstance(failure, RayfmError) and cause is not None and "stopped because" in str(failure):
+                raise RayfmError(f"{cause['who']}: {cause['message']}") from failure
+            raise failure
+
+    def _collect(self, record: PeriodRecord) -> None:
+        """Delete what newer snapshots of students have superseded; a teacher's stay, for labels to be made again."""
+        if record.trainer in {spec.name for spec in self.student_specs}:
+            for model in record.versions:
+                self.collector.expire(model)
+                self.collector.sweep(model)
+
+    def serve_and_label(
+        self, teacher: str, periods: tuple[str, ...] | None = None, timeout: float | None = None
+    ) -> None:
+        """Start a teacher's service, label through it (as `label`), stop it."""
+        handle = self.serve(teacher)
+        try:
+            self.label(teacher, handle, periods, timeout)
+        finally:
+            stop_teacher(self.config.name, teacher)
+
+    def finish(self) -> tuple[dict[str, Any], Path]:
+        """Summary, event log and report from what the run left."""
+        from rayfm.report.html import write_report
+
+        self.records.start()
+        self.records.refresh()
+        self.records.events()
+        summary = self.records.summary()
+        return summary, write_report(self.run_dir)
+
+
+def run(
+    config: PipelineConfig,
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Callable[[Watch], None] | None = None,
+) -> RunResult:
+    """Prepare, train the teachers, label, train the students, evaluate and report.
+
+    Args:
+        config: the pipeline's config.
+        resume: go on with the run of this name where it was stopped or killed.
+        overwrite: remove a run of this name first.
+        watch: called several times a second with the state of the parts.
+
+    Raises:
+        RayfmError: the first failure of any part, as one line.
+    """
+    started = time.perf_counter()
+    pipeline = Pipeline(config)
+    pipeline.open(resume, overwrite)
+    with ray_session(config.ray):
+        pipeline.run(watch)
+    summary, report = pipeline.finish()
+    return RunResult(pipeline.run_dir, summary, report, time.perf_counter() - started)
+
+
+def _make_folder(path: Path) -> None:
+    """Raises DataError where the folder is neither there nor can be made, or cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}; choose other 'runs' and 'storage'") from None
+
+
+def _first_difference(one: Any, other: Any) -> list[str]:
+    """Keys that lead to the first value that differs; empty where none does."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            if key not in one or key not in other:
+                return [key]
+            if one[key] != other[key]:
+                return [key, *_first_difference(one[key], other[key])]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for position, (left, right) in enumerate(zip(one, other, strict=True)):
+            if left != right:
+                return [str(position), *_first_difference(left, right)]
+    return []
+
+
+def cpu_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

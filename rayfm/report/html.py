@@ -1,0 +1,56 @@
+"""``report.html``: one self-contained file that shows a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rayfm.report import sections
+from rayfm.report.run import Run
+
+SECTIONS = (
+    sections.headline,
+    sections.ne_over_periods,
+    sections.calibration,
+    sections.labels,
+    sections.training,
+    sections.data,
+    sections.everything,
+)
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write ``report.html`` into a run directory, from what the run has written so far; returns its path.
+
+    The file needs nothing else, and no network.
+
+    Raises:
+        DataError: no run there, or a file of it is damaged.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    run = Run.read(run_dir)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    # Figures are our own SVG; everything else on the page is escaped.
+    environment.filters["svg"] = Markup
+    periods = run.summary.get("periods", [])
+    facts = {
+        "test periods": f"{periods[0]} to {periods[-1]} ({len(periods)})" if periods else "none yet",
+        "models": ", ".join(dict.fromkeys(row["model"] for row in run.summary.get("metrics", []))) or "none yet",
+        "tasks": ", ".join(task["name"] for task in run.summary.get("tasks", [])) or "none yet",
+    }
+    page = environment.get_template("page.html").render(
+        run=run, facts=facts, sections=[build(run) for build in SECTIONS]
+    )
+    path = Path(run_dir) / "report.html"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path

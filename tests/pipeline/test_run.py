@@ -1,0 +1,191 @@
+"""The main job, whole: it runs, is killed, goes on, and refuses what does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from run_config import small_pipeline, write_config
+
+from rayfm.config import CapacityError, RayfmError
+from rayfm.pipeline.config import load_config
+from rayfm.pipeline.stream import Pipeline
+from rayfm.snapshots.load import SnapshotStore
+
+RAYFM = [sys.executable, "-m", "rayfm.cli.main"]
+ENVIRONMENT = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+
+
+def rayfm(*arguments: str, timeout: float = 240, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*RAYFM, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False, cwd=cwd
+    )
+
+
+def metric_lines(run_dir: Path) -> dict[tuple, float]:
+    found = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        key = tuple(row[name] for name in ("period", "model", "variant", "seed", "traffic", "kind", "task", "metric"))
+        assert key not in found, f"{key} stands twice"
+        found[key] = row["value"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run from end to end, as a user starts it: with folders relative to where the user stands."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    path = write_config(folder, small_pipeline(folder, storage="data", runs="runs"))
+    result = rayfm("run", str(path), cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result.stdout
+
+
+@pytest.mark.timeout(400)
+def test_a_run_leaves_what_it_promises(unbroken: tuple[Path, str]) -> None:
+    folder, output = unbroken
+    run_dir = folder / "runs" / "small"
+    assert all(len(line) <= 80 for line in output.splitlines()), output
+    assert "Report:" in output
+    for name in ("two_tower", "fm", "none", "direct", "aux_adapter", "teacher"):
+        assert name in output
+    for name in ("config.yaml", "metrics.jsonl", "progress.jsonl", "summary.json", "report.html"):
+        assert (run_dir / name).stat().st_size > 0, name
+    again = load_config(run_dir / "config.yaml")
+    folders = {"storage": str(folder / "data"), "runs": str(folder / "runs")}
+    asked = load_config(folder / "small.yaml").model_copy(update=folders)
+    assert again == asked, "the resolved config gives the same pipeline, from any folder"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert len(summary["periods"]) == 2
+    rows = {(r["model"], r["variant"], r["kind"], r["metric"]) for r in summary["metrics"] if r["task"] == "click"}
+    for model in ("two_tower", "fm"):
+        for variant in ("none", "direct", "aux_adapter"):
+            for kind in ("impression", "consideration"):
+                assert (model, variant, kind, "ne") in rows
+                assert (model, variant, kind, "calibration") in rows
+    events = [json.loads(line) for line in (run_dir / "progress.jsonl").read_text().splitlines()]
+    labelled = [event for event in events if event["event"] == "labelled"]
+    assert [event["period"] for event in labelled] == [f"2025-01-0{day}" for day in (2, 3, 4)]
+    for event in labelled:
+        assert event["coverage"] == {"impression": 1.0, "consideration": 1.0}
+        assert event["trained_through"] < event["period"], "no teacher labels what it saw"
+
+
+def test_what_a_run_published_is_intact_and_listed(unbroken: tuple[Path, str]) -> None:
+    folder, _ = unbroken
+    run_dir = folder / "runs" / "small"
+    store = SnapshotStore(run_dir)
+    assert set(store.models()) >= {"teacher.teacher.0", "fm.none.1", "fm.direct.1", "two_tower.aux_adapter.1"}
+    for model in store.models():
+        kept = 4 if model.startswith("teacher") else 3
+        assert len(store.versions(model)) == kept, "superseded versions of students are collected"
+        store.verify(model, store.latest(model))
+    listed = rayfm("labels", "list", str(run_dir))
+    assert listed.returncode == 0
+    assert "2025-01-04" in listed.stdout
+
+
+def test_a_run_is_not_overwritten_by_accident(unbroken: tuple[Path, str]) -> None:
+    folder, _ = unbroken
+    result = rayfm("run", str(folder / "small.yaml"), cwd=folder)
+    assert result.returncode == 1
+    assert "--resume" in result.stderr
+    assert "--overwrite" in result.stderr
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.usefixtures("unbroken")
+def test_a_killed_run_resumes_to_the_same_metrics(unbroken: tuple[Path, str], tmp_path: Path) -> None:
+    """SIGKILL of the whole job once the students are in their second period; the same metrics at the end."""
+    folder, _ = unbroken
+    config = small_pipeline(tmp_path)
+    path = write_config(tmp_path, config)
+    run_dir = tmp_path / "runs" / "small"
+    process = subprocess.Popen(
+        [*RAYFM, "run", str(path)],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    marker = run_dir / "trainers" / "students" / "periods" / "2025-01-02.json"
+    deadline = time.monotonic() + 240
+    while not marker.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the students never finished their second period"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run_dir / "summary.json").exists()
+    result = rayfm("run", str(path), "--resume")
+    assert result.returncode == 0, result.stdout + result.stderr
+    ours, theirs = metric_lines(run_dir), metric_lines(folder / "runs" / "small")
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert ours[key] == (None if value is None else pytest.approx(value, rel=1e-5, abs=1e-7)), key
+
+
+def test_too_few_cpus_are_refused_at_the_start(tmp_path: Path) -> None:
+    config = small_pipeline(tmp_path)
+    config["groups"]["students"] |= {"workers": 3, "cpus_per_worker": 1.0}
+    result = rayfm("run", str(write_config(tmp_path, config)))
+    assert result.returncode == 1
+    assert "the plan needs 4.25 CPUs at once and Ray has 2" in result.stderr
+    assert "3 trainer students (3 x 1)" in result.stderr
+
+
+def test_a_wrong_world_in_the_store_is_refused_at_the_start(unbroken: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = unbroken
+    config = small_pipeline(tmp_path, storage=str(folder / "data"))
+    config["data"]["source"]["seed"] = 4
+    started = time.monotonic()
+    result = rayfm("run", str(write_config(tmp_path, config)))
+    assert result.returncode == 1
+    assert "prepared from another source" in result.stderr
+    assert time.monotonic() - started < 60, "refused before trainers and services start"
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("ray_session")
+def test_the_parts_one_by_one_give_the_same_run(unbroken: tuple[Path, str], tmp_path: Path) -> None:
+    """prepare, train, label, train students, report: each as a function, on the session's Ray."""
+    from rayfm.pipeline import parts
+
+    folder, _ = unbroken
+    config = load_config(write_config(tmp_path, small_pipeline(tmp_path, storage=str(folder / "data"))))
+    assert len(parts.prepare(config)) == 4
+    with pytest.raises(RayfmError, match="labels of teacher for period 2025-01-02 are not there"):
+        parts.train(config, ["students"])
+    Pipeline(config).tickets.clear_failure()
+    assert parts.train(config).keys() == {"teacher"}
+    tickets = parts.label(config)
+    assert [ticket["period"] for ticket in tickets] == ["2025-01-02", "2025-01-03", "2025-01-04"]
+    parts.train(config, ["students"])
+    summary, report = parts.write_report(config.run_dir)
+    assert report.exists()
+    theirs = json.loads((folder / "runs" / "small" / "summary.json").read_text())
+    for ours, expected in zip(summary["metrics"], theirs["metrics"], strict=True):
+        assert ours["value"] == (None if expected["value"] is None else pytest.approx(expected["value"], rel=1e-5))
+    rows = parts.evaluate(config, "fm.none.1", ("2025-01-04",), SnapshotStore(config.run_dir).versions("fm.none.1")[-2])
+    stored = metric_lines(config.run_dir)
+    for row in rows:
+        if row["metric"] in ("ne", "auc", "calibration") and row["kind"] == "impression":
+            key = ("2025-01-04", "fm", "none", 1, row["traffic"], "impression", row["task"], row["metric"])
+            assert row["value"] == (None if stored[key] is None else pytest.approx(stored[key], rel=1e-4))
+
+
+def test_capacity_counts_every_part(tmp_path: Path) -> None:
+    from rayfm.pipeline.capacity import check_capacity
+
+    config = load_config(write_config(tmp_path, small_pipeline(tmp_path)))
+    check_capacity(config, 2.0)
+    with pytest.raises(CapacityError, match=r"needs 1\.75 CPUs at once and Ray has 1:"):
+        check_capacity(config, 1.0)
