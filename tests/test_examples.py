@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rayfm.config import read_yaml, validate
+from rayfm.pipeline.config import load_config
+from rayfm.pipeline.plan import student_specs, teacher_spec
+from rayfm.schema import Schema
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+FILES = sorted(EXAMPLES.glob("*.yaml"))
+PIPELINES = [path for path in FILES if "students" in read_yaml(path)]
+SCHEMAS = [path for path in FILES if set(read_yaml(path)) <= set(Schema.model_fields)]
+
+
+def name(path: Path) -> str:
+    return path.name
+
+
+def test_every_example_is_a_pipeline_or_a_schema():
+    assert FILES
+    assert set(PIPELINES) | set(SCHEMAS) == set(FILES)
+    assert not set(PIPELINES) & set(SCHEMAS)
+
+
+@pytest.mark.parametrize("path", SCHEMAS, ids=name)
+def test_schemas(path):
+    validate(Schema, read_yaml(path), path.name)
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=name)
+def test_pipelines(path):
+    config = load_config(path)
+    periods = ("2024-01-01", "2024-01-02")
+    specs = [*(teacher_spec(config, teacher, periods) for teacher in config.teachers), *student_specs(config, periods)]
+    assert {learner.model_name for spec in specs for learner in spec.learners} == {*config.teachers, *config.students}
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=name)
+def test_what_models_read_is_in_the_schema_and_reached_by_them(path):
+    config = load_config(path)
+    known = {feature.name for feature in config.schema_.features}
+    for part in (*config.teachers.values(), *config.students.values()):
+        own = known if part.model.features is None else set(part.model.features)
+        assert own <= known
+        for key, value in part.model:
+            if key.endswith("_features"):
+                assert set(value) <= own, key
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=name)
+def test_tables_of_the_schema_are_used(path):
+    schema = load_config(path).schema_
+    used = {feature.table_name for feature in schema.features if feature.kind != "dense"}
+    assert used == set(schema.tables)
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=name)
+def test_students_are_compared_with_the_undistilled_one(path):
+    config = load_config(path)
+    for student in config.students.values():
+        assert student.variants[config.evaluation.reference_variant] == ()
+
+
+@pytest.mark.parametrize("path", SCHEMAS, ids=name)
+def test_a_schema_that_a_pipeline_repeats_is_the_same(path):
+    """kuairand_schema.yaml belongs to kuairand.yaml, simulator_schema.yaml to the pipelines on the simulator."""
+    source = path.name.removesuffix("_schema.yaml")
+    schema = validate(Schema, read_yaml(path), path.name)
+    pipelines = [load_config(pipeline) for pipeline in PIPELINES]
+    belonging = [config for config in pipelines if vars(config.data.source)["type"] == source]
+    assert belonging
+    for config in belonging:
+        assert config.schema_ == schema, config.name
