@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,10 +27,31 @@ def t_quantile(df: float, probability: float = (1 + CONFIDENCE) / 2) -> float:
         x = statistics.NormalDist().inv_cdf(probability)
         third = (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / (384 * df**3)
         return x + (x**3 + x) / (4 * df) + (5 * x**5 + 16 * x**3 + 3 * x) / (96 * df**2) + third
+    angle, share = _t_share(df)
+    return math.sqrt(df) * math.tan(float(np.interp(2 * probability - 1, share, angle)))
+
+
+def t_two_sided(t: float, df: float) -> float:
+    """Probability that Student's t with ``df`` >= 1 degrees of freedom lies at least as far from 0 as ``t``.
+
+    Above 100 degrees of freedom by Abramowitz and Stegun 26.7.8, an approximation by the normal distribution; good to
+    3e-5 absolute.
+    """
+    if math.isinf(t):
+        return 0.0
+    if df > 100:
+        x = abs(t) * (1 - 1 / (4 * df)) / math.sqrt(1 + t * t / (2 * df))
+        return 2 * statistics.NormalDist().cdf(-x)
+    angle, share = _t_share(df)
+    return 1.0 - float(np.interp(math.atan(abs(t) / math.sqrt(df)), angle, share))
+
+
+def _t_share(df: float) -> tuple[Array, Array]:
+    """Angles a in [0, pi/2], and the probability that |t| <= sqrt(df) tan(a)."""
     angle = np.linspace(0.0, math.pi / 2, 20_001)
     density = np.cos(angle) ** (df - 1)
     area = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(df) * math.tan(float(np.interp(2 * probability - 1, area / area[-1], angle)))
+    return angle, area / area[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +87,50 @@ def _covariance(first: Sample, second: Sample) -> tuple[float, float]:
     return over_users, over_seeds
 
 
-def _quantile(sample: Sample, users: float, seeds: float) -> float:
-    """The t quantile at Welch and Satterthwaite's degrees of freedom for a sum of two estimated variances."""
+def _degrees(sample: Sample, users: float, seeds: float) -> float:
+    """Welch and Satterthwaite's degrees of freedom for a sum of two estimated variances; NaN where undefined."""
     count, replicates = len(sample.points), sample.replicates.shape[1]
     spread = users**2 / (replicates - 1) + (seeds**2 / (count - 1) if count > 1 else 0.0)
     if not spread > 0:
-        return t_quantile(replicates - 1) if math.isfinite(spread) else math.nan
-    return t_quantile(max((users + seeds) ** 2 / spread, 1.0))
+        return float(replicates - 1) if math.isfinite(spread) else math.nan
+    return float(max((users + seeds) ** 2 / spread, 1.0))
+
+
+def _quantile(sample: Sample, users: float, seeds: float) -> float:
+    df = _degrees(sample, users, seeds)
+    return t_quantile(df) if math.isfinite(df) else math.nan
+
+
+def p_value(sample: Sample) -> float:
+    """Two-sided p of the mean over seeds being 0, by the same variance as `estimate`; NaN where undefined.
+
+    It is below 1 - CONFIDENCE where that interval excludes 0.
+    """
+    if sample.replicates.shape[1] < 2:
+        return math.nan
+    over_users, over_seeds = _covariance(sample, sample)
+    df = _degrees(sample, over_users, over_seeds)
+    value, error = float(sample.points.mean()), math.sqrt(over_users + over_seeds)
+    if not (math.isfinite(df) and math.isfinite(value)):
+        return math.nan
+    if error == 0:
+        return 1.0 if value == 0 else 0.0
+    return t_two_sided(value / error, df)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Adjusted p values of a family of tests (Holm 1979): reject where one is below the family's level.
+
+    The i-th smallest of m (from 0) is multiplied by m - i, made to rise with i, and cut at 1. A NaN stays NaN and does
+    not count.
+    """
+    adjusted = [math.nan] * len(p)
+    order = sorted((i for i, value in enumerate(p) if math.isfinite(value)), key=lambda i: p[i])
+    highest = 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p[i]))
+        adjusted[i] = highest
+    return adjusted
 
 
 def estimate(sample: Sample) -> Estimate:

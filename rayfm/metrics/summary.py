@@ -109,13 +109,7 @@ def summarise(
     for entry in entries:
         tasks.update(entry.state.tasks)
         traffics, replicates = entry.state.traffics, entry.state.replicates
-        for number, kind in enumerate(KINDS):
-            for task, task_kind in entry.state.tasks.items():
-                cell = entry.state.cell(number, task)
-                if float(cell.sums[:, SUMS.index("n")].sum()):
-                    seeds = pools[entry.model, entry.variant, kind, task]
-                    pool = seeds.setdefault(entry.seed, Pool(task_kind))
-                    pool.add(entry.period, cell, entry.train_rate.get(task, math.nan))
+        _gather(pools, entry)
     samples = {key: _samples(seeds) for key, seeds in pools.items()}
     periods = sorted({period for seeds in pools.values() for pool in seeds.values() for period in pool.periods})
     return {
@@ -137,6 +131,52 @@ def summarise(
             if tasks[key[3]] == "binary"
         ],
     }
+
+
+def _gather(pools: dict[_Key, dict[int, Pool]], entry: Entry) -> None:
+    """Add an entry's sums, of the kinds and tasks that have rows."""
+    for number, kind in enumerate(KINDS):
+        for task, task_kind in entry.state.tasks.items():
+            cell = entry.state.cell(number, task)
+            if float(cell.sums[:, SUMS.index("n")].sum()):
+                seeds = pools[entry.model, entry.variant, kind, task]
+                pool = seeds.setdefault(entry.seed, Pool(task_kind))
+                pool.add(entry.period, cell, entry.train_rate.get(task, math.nan))
+
+
+class Comparison:
+    """Samples of several models over the same rows, to be compared pair by pair.
+
+    Args:
+        entries: of one run or of several (such as the slides of a split), in any order; each is read once.
+
+    Raises:
+        ValueError: a model, variant and seed were scored twice on a period.
+    """
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self._pools: dict[_Key, dict[int, Pool]] = defaultdict(dict)
+        for entry in entries:
+            _gather(self._pools, entry)
+        self._samples = {key: _samples(seeds) for key, seeds in self._pools.items()}
+
+    def value(self, model: str, variant: str, metric: str, task: str, kind: str = KINDS[0]) -> Estimate | None:
+        """The metric over all rows, or None where the model was not scored on such rows."""
+        samples = self._samples.get((model, variant, kind, task), {}).get(metric)
+        return None if samples is None else estimate(_stack(samples, samples))
+
+    def difference(
+        self, one: tuple[str, str], other: tuple[str, str], metric: str, task: str, kind: str = KINDS[0]
+    ) -> Sample | None:
+        """``one`` minus ``other``, each (model, variant), paired by user and seed; None where they do not pair."""
+        keys = [(model, variant, kind, task) for model, variant in (one, other)]
+        if any(metric not in self._samples.get(key, {}) for key in keys):
+            return None
+        seeds, reason = _paired(self._pools[keys[0]], self._pools[keys[1]])
+        if reason is not None:
+            return None
+        first, second = (_stack(self._samples[key][metric], seeds) for key in keys)
+        return first - second
 
 
 _Samples: TypeAlias = dict[str, dict[int, Sample]]

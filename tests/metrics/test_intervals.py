@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from rayfm.metrics import MetricState, bootstrap_weights
-from rayfm.metrics.intervals import Sample, estimate, ratio_estimate, t_quantile
+from rayfm.metrics.intervals import Sample, estimate, holm, p_value, ratio_estimate, t_quantile, t_two_sided
 from rayfm.metrics.pool import Pool
 
 
@@ -157,3 +157,28 @@ def test_coverage_over_users_and_seeds_of_a_paired_difference() -> None:
     assert 0.90 <= hits / 200 <= 0.99
     # The seeds' part is what does it: users alone would claim far too much.
     assert users_alone / 200 < 0.5
+
+
+@pytest.mark.parametrize("df", [1.0, 2.5, 7.0, 60.0, 101.0, 199.0, 1e5])
+@pytest.mark.parametrize("t", [0.0, -0.7, 1.96, 3.5])
+def test_two_sided_probability(df: float, t: float) -> None:
+    assert t_two_sided(t, df) == pytest.approx(2 * stats.t.sf(abs(t), df), abs=3e-5)
+
+
+def test_p_value_agrees_with_the_interval() -> None:
+    rng = np.random.default_rng(5)
+    for shift in (0.0, 0.01, 0.02, 0.05):
+        points = shift + rng.normal(0, 0.005, 3)
+        sample = Sample(points, points[:, None] + rng.normal(0, 0.008, 200))
+        result, p = estimate(sample), p_value(sample)
+        assert (p < 0.05) == (result.lo > 0 or result.hi < 0)
+        at_the_edge = Sample(sample.points - result.lo, sample.replicates - result.lo)
+        assert p_value(at_the_edge) == pytest.approx(0.05, rel=1e-3)
+    assert math.isnan(p_value(Sample(np.array([0.5]), np.empty((1, 0)))))
+    assert p_value(Sample(np.array([0.5]), np.full((1, 9), 0.5))) == 0.0
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, math.nan, 0.005]) == pytest.approx([0.03, 0.06, 0.06, math.nan, 0.02], nan_ok=True)
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []

@@ -10,7 +10,8 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
-from rayfm.metrics import Entry, MetricState, lines, summarise
+from rayfm.metrics import Comparison, Entry, MetricState, lines, summarise
+from rayfm.metrics.intervals import estimate, p_value
 
 TRAFFICS = ("feed", "search")
 N = 1500
@@ -203,3 +204,22 @@ def test_lines() -> None:
     ones = torch.ones(4)
     single.update("click", 0, ones, torch.tensor([0.0, 1, 0, 1]), ones.bool(), ones, ones.long() * 0, ones.long())
     assert {row["traffic"] for row in lines(single, "p", "m", "none", 0)} == {"all"}
+
+
+def test_comparison_is_the_summary_pair_by_pair(summary: dict[str, list[dict[str, object]]]) -> None:
+    comparison = Comparison(entries())
+    direct = comparison.difference(("fm", "direct"), ("fm", "none"), "ne", "click")
+    assert direct is not None
+    row = find(summary["differences"], model="fm", variant="direct", metric="ne")
+    assert estimate(direct).value == pytest.approx(row["difference"])
+    assert (estimate(direct).lo, estimate(direct).hi) == (pytest.approx(row["lo"]), pytest.approx(row["hi"]))
+    assert p_value(direct) < 0.05
+    # Any two variants pair, not only with the reference.
+    other = comparison.difference(("fm", "direct"), ("fm", "aux"), "ne", "click", "consideration")
+    assert other is not None
+    assert estimate(other).value < 0
+    value = comparison.value("fm", "none", "auc", "click")
+    assert value is not None
+    assert value.value == pytest.approx(find(summary["metrics"], model="fm", variant="none", metric="auc")["value"])
+    assert comparison.value("fm", "gone", "auc", "click") is None
+    assert comparison.difference(("fm", "direct"), ("big", "none"), "ne", "click") is None
