@@ -11,13 +11,13 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from rayfm.config import ConfigError, DataError, nearest
 from rayfm.data.batch import Batch
+from rayfm.models.jagged import KeyOrder, join, no_rows, padded
 from rayfm.schema import Feature, Schema
 
 INIT_STD = 0.01
@@ -107,14 +107,11 @@ class FeatureEmbeddings(nn.Module):
         self.weighted_bags = (
             _collection(schema, weighted, embedding_dim, init_fn, device, is_weighted=True) if weighted else None
         )
-        self._keys = _keys(self.bags)
-        self._weighted_keys = _keys(self.weighted_bags)
+        self._order = KeyOrder(_keys(self.bags))
+        self._weighted_order = KeyOrder(_keys(self.weighted_bags))
         # Averages are taken here: torchrec 1.8 divides a table-wise table's average twice where another table of the
         # collection is row-wise.
-        self._averaged = {feature.name: self._keys.index(feature.name) for feature in others if feature.is_list}
-        # Orders of keys already met, as (positions, the same on a device). Not a buffer: DistributedModelParallel
-        # fills buffers that were built on meta with zeros.
-        self._orders: dict[tuple[tuple[str, ...], tuple[str, ...], torch.device], tuple[list[int], Tensor]] = {}
+        self._averaged = {feature.name: self._order.keys.index(feature.name) for feature in others if feature.is_list}
 
     @property
     def num_features(self) -> int:
@@ -131,14 +128,15 @@ class FeatureEmbeddings(nn.Module):
             return batch.dense.new_zeros(len(batch), 0, self.embedding_dim)
         rows = len(batch)
         looked_up = self._rows_to_look_up(batch)
+        keys, weighted_keys = self._order.keys, self._weighted_order.keys
         if rows:
-            ids = self._select(_join(batch.sparse, batch.sequence), self._keys) if self._keys else None
-            weighted = self._select(batch.weighted, self._weighted_keys) if self._weighted_keys else None
+            ids = self._order.select(join(batch.sparse, batch.sequence)) if keys else None
+            weighted = self._weighted_order.select(batch.weighted) if weighted_keys else None
         else:
-            ids, weighted = _no_rows(self._keys, batch), _no_rows(self._weighted_keys, batch, is_weighted=True)
+            ids, weighted = no_rows(keys, batch), no_rows(weighted_keys, batch, is_weighted=True)
         if looked_up == rows:
             return self._look_up(ids, weighted)
-        return self._look_up(_padded(ids, looked_up), _padded(weighted, looked_up))[:rows]
+        return self._look_up(padded(ids, looked_up), padded(weighted, looked_up))[:rows]
 
     def _rows_to_look_up(self, batch: Batch) -> int:
         """Rows to look up, those beyond the batch's as empty lists.
@@ -168,26 +166,10 @@ class FeatureEmbeddings(nn.Module):
         for keyed in pooled:
             columns |= keyed.to_dict()
         if ids is not None and self._averaged:
-            counts_KB = ids.lengths().view(len(self._keys), -1).clamp_min(1)
+            counts_KB = ids.lengths().view(len(self._order.keys), -1).clamp_min(1)
             for name, key in self._averaged.items():
                 columns[name] = columns[name] / counts_KB[key].unsqueeze(1)
         return torch.stack([columns[name] for name in self.names], dim=1)
-
-    def _select(self, ids: KeyedJaggedTensor | None, keys: tuple[str, ...]) -> KeyedJaggedTensor:
-        """``ids`` with exactly ``keys``, in that order: a sharded collection relies on one order for all batches."""
-        found = tuple(ids.keys()) if ids is not None else ()
-        if found == keys:
-            return ids
-        device = ids.device() if ids is not None else torch.device("cpu")
-        order = self._orders.get((found, keys, device))
-        if order is None:
-            missing = [key for key in keys if key not in found]
-            if missing:
-                raise DataError(f"the batch lacks feature {missing[0]!r}; add it to the features that the reader reads")
-            positions = [found.index(key) for key in keys]
-            order = positions, torch.tensor(positions, dtype=torch.int32, device=device)
-            self._orders[found, keys, device] = order
-        return ids.permute(*order) if ids is not None else ids
 
 
 class DenseFeatures(nn.Module):
@@ -279,36 +261,6 @@ def _collection(
 
 def _keys(bags: EmbeddingBagCollection | None) -> tuple[str, ...]:
     return tuple(name for table in bags.embedding_bag_configs() for name in table.feature_names) if bags else ()
-
-
-def _join(first: KeyedJaggedTensor | None, second: KeyedJaggedTensor | None) -> KeyedJaggedTensor | None:
-    if first is None or second is None:
-        return first if second is None else second
-    return KeyedJaggedTensor.concat([first, second])
-
-
-def _no_rows(keys: tuple[str, ...], batch: Batch, is_weighted: bool = False) -> KeyedJaggedTensor | None:
-    device = batch.example_id.device
-    return KeyedJaggedTensor(
-        keys=list(keys),
-        values=torch.zeros(0, dtype=torch.int64, device=device),
-        lengths=torch.zeros(0, dtype=torch.int32, device=device),
-        weights=torch.zeros(0, device=device) if is_weighted else None,
-    )
-
-
-def _padded(ids: KeyedJaggedTensor | None, rows: int) -> KeyedJaggedTensor | None:
-    """``ids`` with empty lists up to ``rows`` rows: only the lengths change."""
-    if ids is None or not ids.keys():
-        return ids
-    keys = ids.keys()
-    lengths = ids.lengths().view(len(keys), ids.lengths().numel() // len(keys))
-    return KeyedJaggedTensor(
-        keys=keys,
-        values=ids.values(),
-        lengths=functional.pad(lengths, (0, rows - lengths.shape[1])).reshape(-1),
-        weights=ids.weights_or_none(),
-    )
 
 
 def _is_row_wise(bags: nn.Module | None) -> bool:
