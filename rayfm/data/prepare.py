@@ -107,7 +107,7 @@ def prepare(
         staging = store.root / STAGING
         shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
         try:
-            source.cpus_per_task = cpus_per_task
+            source.cpus_per_task, source.scratch = cpus_per_task, staging / "source"
             fragments = _stage(source, schema, periods, missing, staging, progress, cpus_per_task)
             unknown = [fragment for fragment in fragments if fragment.period == UNKNOWN_PERIOD]
             write_rejects(store.rejects_path(UNKNOWN_PERIOD), unknown)

@@ -14,9 +14,9 @@ import pytest
 
 from rayfm.config import ConfigError, DataError, read_yaml, validate
 from rayfm.data.prepare import prepare
+from rayfm.data.sources.history import Clock, Events
 from rayfm.data.sources.kuairand import KuaiRandConfig, KuaiRandSource
 from rayfm.data.sources.kuairand_examples import SEQUENCES, TASKS, USER_COLUMNS, VIDEO_COLUMNS, build_buckets
-from rayfm.data.sources.kuairand_history import Clock, Events
 from rayfm.data.store import ExampleStore
 from rayfm.data.validate import split_rejects
 from rayfm.schema import KINDS, Schema

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayfm.config import Config, Registry
@@ -44,6 +45,10 @@ class Source:
 
     cpus_per_task: float = 1.0
     """CPUs that each task of `dataset` asks of Ray; `prepare` sets it to its own, so that Ray Data fuses the two."""
+
+    scratch: Path | None = None
+    """Where the tasks of `dataset` may leave files for one another, for as long as the dataset is read; `prepare` gives
+    a folder on the example store's disk, and removes it. None: a new folder for temporary files of this machine."""
 
     def __init__(self, config: SourceConfig, schema: Schema) -> None:
         self.config, self.schema = config, schema

@@ -83,8 +83,22 @@ def parquet_errors(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowInvalid) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise DataError(f"{path}: corrupt or unreadable Parquet file ({reason}); replace it or leave it out") from None
+
+
+@contextlib.contextmanager
+def text_errors(path: str) -> Iterator[None]:
+    """Name the file in what Arrow says about bad CSV or JSON."""
+    try:
+        yield
+    except (OSError, EOFError, UnicodeDecodeError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); correct or replace the file") from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the lines that Arrow adds below."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def open_parquet(filesystem: pafs.FileSystem, path: str) -> pq.ParquetFile:

@@ -16,7 +16,7 @@ from rayfm.config import DataError, nearest
 from rayfm.data.sources import kuairand_files as files
 from rayfm.data.sources.base import KIND_COLUMN
 from rayfm.data.sources.files import parquet_errors
-from rayfm.data.sources.kuairand_history import Clock, Events
+from rayfm.data.sources.history import Clock, Events
 from rayfm.schema import EXAMPLE_ID, TIME, TRAFFIC, Feature, Schema, mix64
 
 Int64 = npt.NDArray[np.int64]
@@ -146,6 +146,11 @@ def _wanted_rows(times: pa.ChunkedArray, builder: ExampleBuilder) -> Int64:
 def _events(
     log: pa.Table, sequences: list[Feature], history: Path | None, bucket: int, buckets: int
 ) -> dict[str, Events]:
+    """Per sequence feature the bucket's events, from the log and from the history file.
+
+    The history file tells the order of its events and the time of the newest alone; so each of them counts as having
+    happened at that time, the latest that is possible.
+    """
     if not sequences:
         return {}
     usable = log.filter(pc.and_(pc.and_(log["user_id"].is_valid(), log["video_id"].is_valid()), _positive(log)))

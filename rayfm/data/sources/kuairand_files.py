@@ -5,7 +5,6 @@ Gao et al., "KuaiRand: An Unbiased Sequential Recommendation Dataset with Random
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from rayfm.config import Config, DataError, nearest
-from rayfm.data.sources.files import parquet_errors
+from rayfm.data.sources.files import first_line, parquet_errors, text_errors
 
 STANDARD_LOGS = ("log_standard_4_08_to_4_21_pure", "log_standard_4_22_to_5_08_pure")
 TAIL_LOG = "log_standard_4_25_to_5_08_pure"
@@ -102,10 +101,10 @@ def read_batches(path: str, columns: Sequence[str]) -> Iterator[pa.Table]:
             column_types=dict.fromkeys(columns, pa.int64()), include_columns=list(columns), null_values=NULLS
         )
         read = pcsv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)
-        with csv_errors(path):
+        with text_errors(path):
             batches = iter(pcsv.open_csv(path, read_options=read, convert_options=options))
     while True:
-        with csv_errors(path) if path.endswith(".csv") else parquet_errors(path):
+        with text_errors(path) if path.endswith(".csv") else parquet_errors(path):
             batch = next(batches, None)
         if batch is None:
             return
@@ -133,7 +132,7 @@ def read_features(path: Path, key: str, columns: Sequence[str], text: frozenset[
         options = pcsv.ConvertOptions(
             column_types=types, include_columns=names, null_values=NULLS, strings_can_be_null=True
         )
-        with csv_errors(str(path)):
+        with text_errors(str(path)):
             table = pcsv.read_csv(path, convert_options=options)
     arrays = []
     for name in names:
@@ -147,7 +146,7 @@ def read_features(path: Path, key: str, columns: Sequence[str], text: frozenset[
                     column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
                 arrays.append(column.cast(pa.int64()))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise DataError(f"{path}: column {name!r}: {_first_line(error)}") from None
+            raise DataError(f"{path}: column {name!r}: {first_line(error)}") from None
     result = pa.table(arrays, names=names)
     return result.filter(result[key].is_valid()).sort_by(key).combine_chunks()
 
@@ -159,18 +158,5 @@ def _require(path: str, columns: Sequence[str], known: list[str]) -> None:
 
 
 def _header(path: str) -> list[str]:
-    with csv_errors(path), open(path, encoding="utf-8", errors="replace") as file:
+    with text_errors(path), open(path, encoding="utf-8", errors="replace") as file:
         return [name.strip().strip('"') for name in file.readline().split(",")]
-
-
-@contextlib.contextmanager
-def csv_errors(path: str) -> Iterator[None]:
-    """Name the file in what Arrow says about bad CSV."""
-    try:
-        yield
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path}: cannot be read ({_first_line(error)}); correct or replace the file") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,8 +1,7 @@
-"""A user's earlier videos, as each exposure could have known them.
+"""A user's earlier items, as each row of a log could have known them.
 
 An event of row j enters the sequence of row i only if ``t_j < t_i - delay``: never the row itself, a tie or anything
-later. Events before the log come from a history file, which tells their order and the time of the newest alone; so each
-of them counts as having happened at that time, the latest that is possible.
+later.
 """
 
 from __future__ import annotations
@@ -49,14 +48,15 @@ class Events:
 
     clock: Clock
     keys: Int64
-    videos: Int64
+    items: Int64
+    """What happened: ids, or positions in columns of the caller's."""
 
     @classmethod
-    def of(cls, clock: Clock, users: Int64, times: Int64, videos: Int64) -> Events:
+    def of(cls, clock: Clock, users: Int64, times: Int64, items: Int64) -> Events:
         """Events ``[N]``; of equal (user, time) the given order stays."""
         keys = clock.keys(users, times)
         order = np.argsort(keys, kind="stable")
-        return cls(clock, keys[order], videos[order])
+        return cls(clock, keys[order], items[order])
 
     def before(self, users: Int64, times: Int64, delay: int, max_len: int) -> tuple[Int64, Int64]:
         """Where the events that each row may see lie: the newest ``max_len`` with ``t < time - delay``.
@@ -68,7 +68,7 @@ class Events:
             max_len: events at most.
 
         Returns:
-            First and last (exclusive) position in ``videos``, each ``[N]``.
+            First and last (exclusive) position in ``items``, each ``[N]``.
         """
         first = np.searchsorted(self.keys, self.clock.keys(users, np.full_like(times, self.clock.origin)), "left")
         # Events have keys from the origin on, so an earlier bound finds none; the bound itself is excluded.
@@ -77,9 +77,9 @@ class Events:
         return np.maximum(first, last - max_len), last
 
     def gather(self, first: Int64, last: Int64) -> tuple[Int64, Int64]:
-        """Videos of rows whose events lie in ``[first, last)``, oldest first, back to back; offsets ``[N + 1]``."""
+        """Items of rows whose events lie in ``[first, last)``, oldest first, back to back; offsets ``[N + 1]``."""
         lengths = last - first
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         positions = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)
-        return self.videos[positions], offsets
+        return self.items[positions], offsets
