@@ -15,10 +15,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rayfm.data.batch import Batch
-from rayfm.models.base import MODELS, Model, ModelConfig, ModelOutput
-from rayfm.models.embeddings import DenseFeatures, FeatureEmbeddings, flat_inputs, select_features
-from rayfm.models.mlp import MLP, TaskHeads
-from rayfm.schema import Schema
+from rayfm.models.backbone import Backbone, DeepConfig
+from rayfm.models.base import MODELS
+from rayfm.models.scaling import OptionalWidth, Widths
 
 
 class CrossNetwork(nn.Module):
@@ -50,7 +49,7 @@ class CrossNetwork(nn.Module):
 
 
 @MODELS.register("dcnv2")
-class DCNv2(Model):
+class DCNv2(Backbone):
     """The parallel structure: cross network and MLP read the same input, heads read both of their outputs.
 
     The representation is the cross network's output and the MLP's last layer side by side.
@@ -70,40 +69,23 @@ class DCNv2(Model):
         (torch.Size([4, 32]), torch.Size([4]))
     """
 
-    class Config(ModelConfig):
+    class Config(DeepConfig):
         """Sizes of a DCNv2."""
 
         type: Literal["dcnv2"] = "dcnv2"
         cross_layers: int = Field(2, ge=1)
-        low_rank: int | None = Field(None, ge=1)
+        low_rank: OptionalWidth = None
         """Rank of the cross matrices; a quarter of I keeps most of their accuracy. None: full matrices."""
-        hidden: tuple[int, ...] = (256, 128)
+        hidden: Widths = (256, 128)
         """Widths of the deep network."""
-        head: tuple[int, ...] = ()
-        """Hidden widths of each task's head."""
-        dropout: float = Field(0.0, ge=0, lt=1)
-        layer_norm: bool = False
 
-    def __init__(
-        self,
-        config: Config,
-        schema: Schema,
-        tasks: tuple[str, ...],
-        *,
-        embedding_device: torch.device | None = None,
-    ) -> None:
-        super().__init__(config, schema, tasks)
-        features = select_features(schema, config.features)
-        self.embeddings = FeatureEmbeddings(schema, features, config.embedding_dim, device=embedding_device)
-        self.dense = DenseFeatures(schema, features)
-        in_dim = self.embeddings.num_features * config.embedding_dim + self.dense.num_features
-        self.cross = CrossNetwork(in_dim, config.cross_layers, config.low_rank)
-        self.deep = MLP(in_dim, config.hidden, config.dropout, config.layer_norm)
-        self.representation_dim = in_dim + self.deep.out_dim
-        self.heads = TaskHeads(self.representation_dim, tasks, config.head)
+    config: Config
 
-    def forward(self, batch: Batch) -> ModelOutput:
-        x_BI = flat_inputs(self.embeddings(batch), self.dense(batch))
-        representation_BH = torch.cat([self.cross(x_BI), self.deep(x_BI)], dim=1)
-        representation_BH = representation_BH.float()
-        return ModelOutput(representation_BH, self.heads(representation_BH))
+    def build(self) -> int:
+        self.cross = CrossNetwork(self.input_dim, self.config.cross_layers, self.config.low_rank)
+        self.deep = self.config.mlp(self.input_dim, self.config.hidden)
+        return self.input_dim + self.deep.out_dim
+
+    def represent(self, batch: Batch) -> Tensor:
+        x_BI = self.flat_inputs(batch)
+        return torch.cat([self.cross(x_BI), self.deep(x_BI)], dim=1)

@@ -11,13 +11,14 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
 
 from rayfm.data.batch import Batch
-from rayfm.models.base import MODELS, Model, ModelConfig, ModelOutput
+from rayfm.models.backbone import DeepConfig
+from rayfm.models.base import MODELS, Model, ModelOutput
 from rayfm.models.embeddings import flat_inputs, select_features
 from rayfm.models.fm import FactorizationTerms, ProductHeads
-from rayfm.models.mlp import MLP, TaskHeads, per_task
+from rayfm.models.mlp import TaskHeads, per_task
+from rayfm.models.scaling import Widths
 from rayfm.schema import Schema
 
 
@@ -42,16 +43,12 @@ class DeepFM(Model):
         (torch.Size([4, 25]), torch.Size([4]))
     """
 
-    class Config(ModelConfig):
+    class Config(DeepConfig):
         """Sizes of a DeepFM."""
 
         type: Literal["deepfm"] = "deepfm"
-        hidden: tuple[int, ...] = (256, 128)
-        """Widths of the MLP."""
-        head: tuple[int, ...] = ()
-        """Hidden widths of each task's head on the MLP."""
-        dropout: float = Field(0.0, ge=0, lt=1)
-        layer_norm: bool = False
+        hidden: Widths = (256, 128)
+        """Widths of the MLP, which the tasks' heads read."""
 
     def __init__(
         self,
@@ -66,7 +63,7 @@ class DeepFM(Model):
         dim = config.embedding_dim
         self.terms = FactorizationTerms(schema, features, len(tasks), dim, embedding_device)
         in_dim = self.terms.factors.num_features * dim + self.terms.dense.num_features
-        self.deep = MLP(in_dim, config.hidden, config.dropout, config.layer_norm)
+        self.deep = config.mlp(in_dim, config.hidden)
         self.product_heads = ProductHeads(dim, len(tasks))
         self.heads = TaskHeads(self.deep.out_dim, tasks, config.head)
         self.representation_dim = self.deep.out_dim + dim + len(tasks)

@@ -11,14 +11,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from rayfm.data.batch import Batch
-from rayfm.models.base import MODELS, Model, ModelConfig, ModelOutput
-from rayfm.models.embeddings import DenseFeatures, FeatureEmbeddings, select_features
-from rayfm.models.mlp import MLP, TaskHeads
-from rayfm.schema import Schema
+from rayfm.models.backbone import Backbone, DeepConfig
+from rayfm.models.base import MODELS
+from rayfm.models.mlp import MLP
+from rayfm.models.scaling import Widths
 
 
 def dot_interaction(vectors_BFE: Tensor) -> Tensor:
@@ -31,7 +30,7 @@ def dot_interaction(vectors_BFE: Tensor) -> Tensor:
 
 
 @MODELS.register("dlrm")
-class DLRM(Model):
+class DLRM(Backbone):
     """Dense architecture, dot interaction, over architecture, a head per task.
 
     The dense features go through an MLP to a vector of width E that interacts as one more feature and is passed on as
@@ -57,46 +56,31 @@ class DLRM(Model):
         (torch.Size([4, 32]), torch.Size([4]))
     """
 
-    class Config(ModelConfig):
+    class Config(DeepConfig):
         """Sizes of a DLRM."""
 
         type: Literal["dlrm"] = "dlrm"
-        dense: tuple[int, ...] = (64,)
+        dense: Widths = (64,)
         """Hidden widths of the dense architecture, before its last layer of width E."""
-        over: tuple[int, ...] = (256, 128)
+        over: Widths = (256, 128)
         """Widths of the over architecture."""
-        head: tuple[int, ...] = ()
-        """Hidden widths of each task's head."""
-        dropout: float = Field(0.0, ge=0, lt=1)
-        layer_norm: bool = False
 
-    def __init__(
-        self,
-        config: Config,
-        schema: Schema,
-        tasks: tuple[str, ...],
-        *,
-        embedding_device: torch.device | None = None,
-    ) -> None:
-        super().__init__(config, schema, tasks)
-        features = select_features(schema, config.features)
-        dim = config.embedding_dim
-        self.embeddings = FeatureEmbeddings(schema, features, dim, device=embedding_device)
-        self.dense = DenseFeatures(schema, features)
-        self.dense_arch = MLP(self.dense.num_features, (*config.dense, dim)) if self.dense.num_features else None
+    config: Config
+
+    def build(self) -> int:
+        dim, dense = self.config.embedding_dim, self.dense.num_features
+        self.dense_arch = MLP(dense, (*self.config.dense, dim)) if dense else None
         vectors = self.embeddings.num_features + (self.dense_arch is not None)
         passed_on = dim if self.dense_arch is not None else self.embeddings.num_features * dim
-        self.over_arch = MLP(passed_on + vectors * (vectors - 1) // 2, config.over, config.dropout, config.layer_norm)
-        self.representation_dim = self.over_arch.out_dim
-        self.heads = TaskHeads(self.representation_dim, tasks, config.head)
+        self.over_arch = self.config.mlp(passed_on + vectors * (vectors - 1) // 2, self.config.over)
+        return self.over_arch.out_dim
 
-    def forward(self, batch: Batch) -> ModelOutput:
+    def represent(self, batch: Batch) -> Tensor:
         vectors_BFE = self.embeddings(batch)
         if self.dense_arch is not None:
             passed_on_BP = self.dense_arch(self.dense(batch))
             vectors_BFE = torch.cat([passed_on_BP.unsqueeze(1), vectors_BFE], dim=1)
         else:
             passed_on_BP = vectors_BFE.flatten(1)
-        representation_BH = self.over_arch(torch.cat([passed_on_BP, dot_interaction(vectors_BFE)], dim=1))
-        representation_BH = representation_BH.float()
-        return ModelOutput(representation_BH, self.heads(representation_BH))
+        representation_BH: Tensor = self.over_arch(torch.cat([passed_on_BP, dot_interaction(vectors_BFE)], dim=1))
+        return representation_BH
