@@ -38,8 +38,7 @@ class AuxiliaryHead(Objective):
 
     def __init__(self, config: Config, schema: Schema, tasks: tuple[str, ...], representation_dim: int) -> None:
         super().__init__(config, schema, tasks, representation_dim)
-        allowed = tasks if config.tasks is None else tuple(task.name for task in schema.tasks)
-        self.distilled = distilled_tasks(config, schema, allowed)
+        self.distilled = distilled_tasks(config, schema, config.allowed(schema, tasks))
         require_module_names("task", [task.name for task in self.distilled])
         self.heads = nn.ModuleDict({task.name: Head(representation_dim, config.hidden) for task in self.distilled})
 

@@ -6,10 +6,12 @@ Shape letters: B examples.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from rayfm.config import Config, Registry
+from rayfm.config import Config, ConfigError, Registry
 from rayfm.data.batch import Batch
 from rayfm.models.base import ModelOutput
 from rayfm.schema import Schema
@@ -33,11 +35,43 @@ class ObjectiveConfig(Config):
     """What every objective's config has; its own ``Config`` adds ``type: Literal[...]``."""
 
     name: str | None = None
-    """Name of the term in metrics; by default the type."""
+    """Name of the term in metrics; by default the type. Two objectives of one type need names."""
+
+    needs_requests: ClassVar[bool] = False
+    """Whether the objective compares rows of one request, and so needs the column ``request_id``."""
+
+    @property
+    def label(self) -> str:
+        """What the objective's terms are called by."""
+        return self.name or str(vars(self)["type"])
 
     def supervision(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
         """Names of the supervision columns that the objective reads, for a student with these tasks."""
         return ()
+
+    def representations(self) -> tuple[str, ...]:
+        """Teachers whose stored representation the objective reads."""
+        return ()
+
+    def check(self, schema: Schema, tasks: tuple[str, ...]) -> None:
+        """Refuse, before anything is trained, what does not fit a student with these tasks.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+
+
+def check_names(objectives: Sequence[ObjectiveConfig]) -> None:
+    """Refuse two objectives of one student whose terms would have one name, so that one would hide the other.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    labels = ["supervised", *(objective.label for objective in objectives)]
+    for label in labels:
+        if labels.count(label) > 1:
+            why = "; the tasks' own loss has it" if label == "supervised" else ""
+            raise ConfigError(f"two objectives are called {label!r}{why}; give each a 'name' of its own")
 
 
 class Objective(nn.Module):

@@ -15,14 +15,11 @@ from rayfm.data.batch import Batch
 from rayfm.distill.base import OBJECTIVES, Objective, Term
 from rayfm.distill.losses import task_loss, weighted_term
 from rayfm.distill.scaling import scale_gradient
-from rayfm.distill.teacher import HeadConfig, distilled_tasks, teacher_label
+from rayfm.distill.teacher import HeadConfig, distilled_tasks, teacher_label, teacher_score
 from rayfm.models.base import ModelOutput
 from rayfm.models.embeddings import require_module_names
 from rayfm.models.mlp import Head, full_precision
 from rayfm.schema import Schema, Task
-
-PROBABILITY_FLOOR = 1e-6
-"""A teacher's probability is clipped to [floor, 1 - floor] before its logit is taken."""
 
 
 class Adapter(nn.Module):
@@ -70,8 +67,7 @@ class StudentAdapter(Objective):
 
     def __init__(self, config: Config, schema: Schema, tasks: tuple[str, ...], representation_dim: int) -> None:
         super().__init__(config, schema, tasks, representation_dim)
-        allowed = tasks if config.tasks is None else tuple(task.name for task in schema.tasks)
-        self.distilled = distilled_tasks(config, schema, allowed)
+        self.distilled = distilled_tasks(config, schema, config.allowed(schema, tasks))
         names = [task.name for task in self.distilled]
         require_module_names("task", names)
         self.heads = nn.ModuleDict({name: Head(representation_dim, config.hidden) for name in names})
@@ -104,6 +100,5 @@ class StudentAdapter(Objective):
 
     def _adapt(self, task: Task, prediction: Tensor) -> Tensor:
         """The adapter's output for a teacher's prediction: a logit for a binary task; ``[B]``."""
-        z = torch.logit(prediction, eps=PROBABILITY_FLOOR) if task.kind == "binary" else prediction
-        adapted: Tensor = self.adapters[task.name](z)
+        adapted: Tensor = self.adapters[task.name](teacher_score(task, prediction))
         return adapted

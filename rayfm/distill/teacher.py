@@ -8,25 +8,23 @@ Shape letters: B examples.
 
 from __future__ import annotations
 
-from typing import Literal
-
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from rayfm.config import ConfigError, nearest
-from rayfm.data.batch import CONSIDERATION, IMPRESSION, Batch
+from rayfm.data.batch import Batch
 from rayfm.distill.base import ObjectiveConfig
+from rayfm.distill.rows import Rows, rows_mask
 from rayfm.schema import Schema, Task
 
-Rows = Literal["all", "impressions", "considerations", "unlabelled"]
+PROBABILITY_FLOOR = 1e-6
+"""A teacher's probability is clipped to [floor, 1 - floor] before its logit is taken."""
 
 
-class TeacherConfig(ObjectiveConfig):
-    """The keys of an objective with a teacher."""
+class DistillationConfig(ObjectiveConfig):
+    """The keys of every objective that distils tasks."""
 
-    teacher: str
-    """The teacher's name; its supervision columns are ``<teacher>/<task>``. ``logged/<model>`` for predictions that a
-    production model logged."""
     tasks: tuple[str, ...] | None = None
     """Tasks to distil, by default the student's."""
     weight: float = Field(1.0, ge=0)
@@ -37,6 +35,21 @@ class TeacherConfig(ObjectiveConfig):
     def distilled(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
         """The tasks to distil, for a student with ``tasks``."""
         return tasks if self.tasks is None else self.tasks
+
+    def allowed(self, schema: Schema, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        """Tasks that may be distilled into a student with ``tasks``: its own, where its serving heads learn."""
+        return tasks
+
+    def check(self, schema: Schema, tasks: tuple[str, ...]) -> None:
+        distilled_tasks(self, schema, self.allowed(schema, tasks))
+
+
+class TeacherConfig(DistillationConfig):
+    """The keys of an objective with a teacher."""
+
+    teacher: str
+    """The teacher's name; its supervision columns are ``<teacher>/<task>``. ``logged/<model>`` for predictions that a
+    production model logged."""
 
     def supervision(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(f"{self.teacher}/{task}" for task in self.distilled(tasks))
@@ -50,8 +63,17 @@ class HeadConfig(TeacherConfig):
     gradient_scale: float = Field(1.0, ge=0)
     """Factor of the gradient from the head into the backbone (ExFM's beta)."""
 
+    def allowed(self, schema: Schema, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        """A head of its own may learn any of the schema's tasks that is named."""
+        return tasks if self.tasks is None else tuple(task.name for task in schema.tasks)
 
-def distilled_tasks(config: TeacherConfig, schema: Schema, known: tuple[str, ...]) -> list[Task]:
+
+def teacher_score(task: Task, prediction: Tensor) -> Tensor:
+    """A teacher's prediction on the scale of the student's output, a binary task's as a logit: ``[B] -> [B]``."""
+    return torch.logit(prediction, eps=PROBABILITY_FLOOR) if task.kind == "binary" else prediction
+
+
+def distilled_tasks(config: DistillationConfig, schema: Schema, known: tuple[str, ...]) -> list[Task]:
     """The schema's tasks that an objective distils.
 
     Args:
@@ -76,10 +98,4 @@ def distilled_tasks(config: TeacherConfig, schema: Schema, known: tuple[str, ...
 def teacher_label(batch: Batch, config: TeacherConfig, task: str) -> tuple[Tensor, Tensor]:
     """The teacher's prediction and the mask of the rows to distil on, each ``[B]``."""
     label, mask = batch.supervised(f"{config.teacher}/{task}")
-    if config.rows == "impressions":
-        mask = mask & (batch.kind == IMPRESSION)
-    elif config.rows == "considerations":
-        mask = mask & (batch.kind == CONSIDERATION)
-    elif config.rows == "unlabelled":
-        mask = mask & ~batch.label(task)[1]
-    return label, mask
+    return label, mask if config.rows == "all" else mask & rows_mask(batch, config.rows, task)
