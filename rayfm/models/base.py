@@ -35,6 +35,8 @@ class ModelConfig(Config):
     """Names of the features that the model reads; by default all of the schema's."""
     embedding_dim: int = Field(16, gt=0, multiple_of=4)
     """E. The fused tables of fbgemm need a multiple of 4."""
+    activation_clip: float | None = Field(None, gt=0)
+    """Limit of what a ReLU gives, in training and serving; by default none. Against divergence of large models."""
 
 
 class Model(nn.Module):

@@ -7,6 +7,7 @@ import contextlib
 import torch
 
 from rayfm.config import ConfigError, nearest
+from rayfm.models.activations import clip_activations
 from rayfm.models.base import MODELS, Model, ModelConfig
 from rayfm.schema import Schema
 
@@ -34,7 +35,8 @@ def build_model(
         seed: makes the first values reproducible without touching the global generator.
 
     Raises:
-        ConfigError: no task, a task or a feature that the schema lacks, a table that cannot be built.
+        ConfigError: no task, a task or a feature that the schema lacks, a table that cannot be built,
+            activations to clip where there are none.
     """
     known = [task.name for task in schema.tasks]
     if not tasks:
@@ -51,4 +53,6 @@ def build_model(
         if device is not None:
             stack.enter_context(device)
         model: Model = MODELS.build(config, schema, tasks, embedding_device=embedding_device)
+    if config.activation_clip is not None:
+        clip_activations(model, config.activation_clip, str(vars(config)["type"]))
     return model

@@ -13,6 +13,16 @@ TableOptimizerName = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
 ShardingKind = Literal["auto", "table_wise", "row_wise", "data_parallel"]
 
 
+class ClippyConfig(Config):
+    """Clippy (Tang et al. 2023, Algorithm 1): a step that would move any element of a parameter tensor further than
+    ``relative * |value| + absolute`` is shortened as a whole until it does not."""
+
+    relative: float = Field(0.5, ge=0)
+    """lambda_rel."""
+    absolute: float = Field(0.01, gt=0)
+    """lambda_abs; above 0, or what starts at 0 would stay there."""
+
+
 class TableOptimizer(Config):
     """Optimiser of an embedding table. All but ``adam`` are fused into the backward pass (fbgemm)."""
 
@@ -22,15 +32,39 @@ class TableOptimizer(Config):
 
     lr: float = Field(0.02, gt=0)
     eps: float = Field(1e-8, gt=0)
+    clippy: ClippyConfig | None = None
+    """Limit what a step changes; for ``adam`` alone, since a fused kernel never shows its update."""
+
+    @model_validator(mode="after")
+    def _clippable(self) -> TableOptimizer:
+        if self.clippy is not None and self.type != "adam":
+            raise ValueError(
+                f"clippy does not go with {self.type}, whose fused kernel (fbgemm) updates rows inside the backward "
+                "pass; give a small table 'type: adam', or leave clippy to 'dense'"
+            )
+        return self
 
 
 class DenseOptimizer(Config):
-    """Adam for everything that is not an embedding table."""
+    """Optimiser of everything that is not an embedding table."""
 
+    type: Literal["adam", "adagrad"] = "adam"
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
+    """Of Adam."""
+    initial_accumulator: float = Field(0.0, ge=0)
+    """Adagrad's sum of squares before the first step. At 0 the first step moves every element by ``lr``."""
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    clippy: ClippyConfig | None = None
+    """Limit what a step changes: ``clippy: {}`` takes the paper's values, by default there is no limit."""
+
+    @model_validator(mode="after")
+    def _own_keys(self) -> DenseOptimizer:
+        for key, owner in (("betas", "adam"), ("initial_accumulator", "adagrad")):
+            if self.type != owner and getattr(self, key) != DenseOptimizer.model_fields[key].default:
+                raise ValueError(f"{key} is of {owner}, and the type is {self.type}; leave it out")
+        return self
 
 
 class TrainingConfig(Config):

@@ -1,4 +1,4 @@
-"""Optimisers: fused ones for the tables, Adam for the rest, one warm-up for all."""
+"""Optimisers: fused ones for the tables, Adam or Adagrad for the rest, with or without Clippy; one warm-up for all."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from rayfm.config import ConfigError, nearest
-from rayfm.training.config import TableOptimizer, TrainingConfig
-from rayfm.training.sharding import collections
+from rayfm.training.clippy import ClippyAdagrad, ClippyAdam
+from rayfm.training.config import DenseOptimizer, TableOptimizer, TrainingConfig
+from rayfm.training.sharding import collections, table_configs, weight_name
 
 _FUSED: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
@@ -37,17 +38,33 @@ def fuse_table_optimizers(module: nn.Module, config: TrainingConfig, known: Iter
     for name in (*config.table_overrides, *config.sharding_overrides):
         if name not in known:
             raise ConfigError(f"training override for table {name!r}, which is not in the schema{nearest(name, known)}")
-    for collection in collections(module).values():
-        for table in collection.embedding_bag_configs():
+    for path, collection in collections(module).items():
+        for table in table_configs(collection):
             optimizer = config.optimizer_of(table.name)
             if optimizer.type == "adam":
                 continue
-            weight = collection.embedding_bags[table.name].weight
+            weight = module.get_parameter(weight_name(path, collection, table.name))
             _apply_optimizer_in_backward(_FUSED[optimizer.type], [weight], _arguments(optimizer))
 
 
 def _arguments(optimizer: TableOptimizer) -> dict[str, Any]:
     return {"lr": optimizer.lr} if optimizer.type == "sgd" else {"lr": optimizer.lr, "eps": optimizer.eps}
+
+
+def dense_optimizer(parameters: list[nn.Parameter], config: DenseOptimizer) -> torch.optim.Optimizer:
+    """The optimiser of parameters that every rank holds whole.
+
+    Their gradients are reduced over the ranks before it steps, so Clippy's factors are the same on all of them.
+    """
+    shared: dict[str, Any] = {"lr": config.lr, "eps": config.eps, "weight_decay": config.weight_decay, "foreach": True}
+    if config.type == "adagrad":
+        shared["initial_accumulator_value"] = config.initial_accumulator
+    else:
+        shared["betas"] = config.betas
+    if config.clippy is None:
+        return (torch.optim.Adagrad if config.type == "adagrad" else torch.optim.Adam)(parameters, **shared)
+    clipped = ClippyAdagrad if config.type == "adagrad" else ClippyAdam
+    return clipped(parameters, relative=config.clippy.relative, absolute=config.clippy.absolute, **shared)
 
 
 class Optimizers:
@@ -73,21 +90,17 @@ class Optimizers:
     ) -> None:
         self.config = config
         self.fused: Any = dmp.fused_optimizer
-        adam = config.dense
-
-        def make(parameters: list[nn.Parameter], lr: float, eps: float) -> torch.optim.Optimizer:
-            return torch.optim.Adam(
-                parameters, lr=lr, betas=adam.betas, eps=eps, weight_decay=adam.weight_decay, foreach=True
-            )
-
         self._dense: dict[str, KeyedOptimizerWrapper] = {}
         if dense:
-            self._dense["dense"] = KeyedOptimizerWrapper(dense, lambda p: make(p, adam.lr, adam.eps))
+            self._dense["dense"] = KeyedOptimizerWrapper(dense, lambda p: dense_optimizer(p, config.dense))
         for name, (parameter, table) in replicated_tables.items():
-            self._dense[f"table.{name}"] = KeyedOptimizerWrapper(
-                {name: parameter}, lambda p, table=table: make(p, table.lr, table.eps)
+            adam = config.dense.model_copy(
+                update={"type": "adam", "lr": table.lr, "eps": table.eps, "clippy": table.clippy}
             )
-        self.ahead = KeyedOptimizerWrapper(ahead, lambda p: make(p, adam.lr, adam.eps)) if ahead else None
+            self._dense[f"table.{name}"] = KeyedOptimizerWrapper(
+                {name: parameter}, lambda p, adam=adam: dense_optimizer(p, adam)
+            )
+        self.ahead = KeyedOptimizerWrapper(ahead, lambda p: dense_optimizer(p, config.dense)) if ahead else None
         self._rates = [
             (group, float(group["lr"]))
             for optimizer in (self.fused, *self._dense.values(), *([self.ahead] if self.ahead else []))
