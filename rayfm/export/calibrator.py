@@ -56,17 +56,20 @@ class Calibrator(nn.Module):
         """Calibrated logits."""
         return {task: self.get_submodule(task)(z) if task in self._binary else z for task, z in logits.items()}
 
+    def set(self, task: str, scale: float, shift: float) -> None:
+        """Take over the slope and shift of one binary task."""
+        part = self.get_submodule(task)
+        assert isinstance(part, PlattScaling)
+        part.scale.fill_(scale)
+        part.shift.fill_(shift)
+
     def fit(self, task: str, logit: Tensor, label: Tensor, weight: Tensor | None = None) -> None:
         """Fit one binary task on rows that the model was not trained on; each argument is ``[n]``.
 
         Raises:
             DataError: the rows have no positive or no negative label, or a value is not finite.
         """
-        scale, shift = fit_platt(logit, label, weight, origin=f"calibration of task {task!r}")
-        part = self.get_submodule(task)
-        assert isinstance(part, PlattScaling)
-        part.scale.fill_(scale)
-        part.shift.fill_(shift)
+        self.set(task, *fit_platt(logit, label, weight, origin=f"calibration of task {task!r}"))
 
 
 def fit_platt(

@@ -44,6 +44,9 @@ class TeacherConfig(Config):
     """Whether considerations get labels too."""
     reference: dict[str, str] = {}
     """Task -> column that considerations are scored against (``logged/<model>/<task>`` or ``truth/<task>``)."""
+    calibrate: bool = False
+    """Publish with a calibrator (Platt scaling) of each binary task, fitted on the newest period's predictions before
+    the model trained on it: its labels are then calibrated. Training and the run's metrics stay those without."""
 
 
 class StudentConfig(Config):
@@ -59,6 +62,8 @@ class StudentConfig(Config):
     labels: LabelsConfig = LabelsConfig()
     reference: dict[str, str] = {}
     """Task -> column that considerations are scored against: the next stage's prediction, as UKDSL does."""
+    calibrate: bool = False
+    """Publish with a calibrator, as a teacher's ``calibrate`` says: what is served is then calibrated."""
 
 
 class ScheduleConfig(Config):
@@ -165,6 +170,8 @@ class PipelineConfig(Config):
                 if task not in own:
                     raise ValueError(f"{name}: reference of {task!r}, which is no task of it{nearest(task, own)}")
                 self._check_column(name, f"reference of {task!r}", column, truth=True)
+            if part.calibrate and all(self.schema_.task(task).kind != "binary" for task in self.tasks_of(part)):
+                raise ValueError(f"{name}: calibrate is for binary tasks, and it has none; leave it out")
         for name, student in self.students.items():
             if student.group not in self.groups:
                 raise ValueError(

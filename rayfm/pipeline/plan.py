@@ -55,6 +55,7 @@ def teacher_spec(config: PipelineConfig, name: str, periods: tuple[str, ...]) ->
                 model=teacher.model,
                 tasks=config.tasks_of(teacher),
                 reference=teacher.reference,
+                calibrate=teacher.calibrate,
             ),
         ),
         training=teacher.training,
@@ -82,6 +83,7 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
                 tasks=config.tasks_of(student),
                 objectives=objectives,
                 reference=student.reference,
+                calibrate=student.calibrate,
             )
             for name, student in students.items()
             for variant, objectives in student.variants.items()

@@ -51,6 +51,8 @@ class LearnerConfig(Config):
         return f"{self.model_name}.{self.variant}.{self.seed}"
 
     def supervision(self) -> tuple[str, ...]:
+    calibrate: bool = False
+    """Publish with a calibrator, fitted on each period's predictions before the model trains on the period."""
         """Supervision columns that training reads."""
         return tuple(dict.fromkeys(name for o in self.objectives for name in o.supervision(self.tasks)))
 

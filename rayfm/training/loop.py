@@ -20,11 +20,14 @@ from rayfm.data.encode import Encoder
 from rayfm.data.reader import ArrowReader, RayDataReader, Reader
 from rayfm.data.steps import Lookup, ReadPlan, TruthLookup
 from rayfm.data.store import ExampleStore, write_json_atomic
+from rayfm.export.calibration import CalibrationSums, Fits
+from rayfm.export.calibrator import Calibrator
+from rayfm.export.served import CALIBRATOR_PREFIX
 from rayfm.metrics import MetricState, RateCounter, bootstrap_weights
 from rayfm.schema import LOGGED_PREFIX
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import version_id
-from rayfm.snapshots.publish import SnapshotWriter
+from rayfm.snapshots.publish import SnapshotWriter, TensorSlice
 from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, world_device
 from rayfm.training.learner import Learner
 from rayfm.training.spec import Coordinator, LabelSource, PinnedLabels, TrainerSpec
@@ -93,6 +96,7 @@ class TrainingLoop:
         self.rates = RateCounter([name for name, _ in self.tasks])
         self.checkpoints = Checkpoints(spec.folder / "checkpoints", spec.training.keep_checkpoints)
         self.steps_done = {learner.config.key: 0 for learner in self.learners}
+        self.calibration: dict[str, Fits] = {}
         self._ray_reader: RayDataReader | None = None
         self._last_progress = 0.0
 
@@ -122,7 +126,7 @@ class TrainingLoop:
             partial.pop("examples", None)  # the checkpoint's count is of all ranks; rank 0 goes on with it
         examples = self._train(index, resumed.cursor.step if resumed else 0, partial, resumed, parts)
         losses = {name: total / weight for name, (total, weight) in partial["losses"].items() if weight > 0}
-        record = {"examples": examples, "losses": losses, "parts": parts.seconds}
+        record = {"examples": examples, "losses": losses, "parts": parts.seconds, "calibration": self.calibration}
         with parts.timed("checkpoint"):
             self._checkpoint(Cursor(period_index=index + 1), {}, record)
         self._finish(index, record, parts, started)
@@ -146,6 +150,12 @@ class TrainingLoop:
     def _predict(self, period: str, parts: PeriodParts) -> None:
         """Score a period that no learner has trained on, and store the sums of each learner's metrics."""
         states = {learner.config.key: self._metric_state() for learner in self.learners}
+        binary = [name for name, kind in self.tasks if kind == "binary"]
+        calibrations = {
+            learner.config.key: CalibrationSums([task for task in learner.config.tasks if task in binary])
+            for learner in self.learners
+            if learner.config.calibrate
+        }
         columns = tuple(dict.fromkeys(c for learner in self.spec.learners for c in learner.reference.values()))
         labels: dict[str, PinnedLabels] = {}
         if any(column.split("/")[0] in self.spec.teachers for column in columns):
@@ -163,6 +173,8 @@ class TrainingLoop:
                     logits = {task: z.cpu() for task, z in learner.predict(batch).logits.items()}
                 with parts.timed("metrics"):
                     self._score(states[learner.config.key], learner, cpu_batch, logits, copies)
+                    if learner.config.calibrate:
+                        _add_labelled(calibrations[learner.config.key], cpu_batch, logits)
         with parts.timed("metrics"):
             rates = self.rates.rates()
             for learner in self.learners:
@@ -172,6 +184,10 @@ class TrainingLoop:
                     folder = self.spec.folder / "metrics" / period
                     state.save(folder / f"{learner.config.key}.npz")
                     write_json_atomic(folder / "rates.json", rates)
+            for key, sums in calibrations.items():
+                sums.reduce_()
+                # The same sums on every rank give the same fit, so that any rank's checkpoint would hold it.
+                self.calibration[key] = sums.fit(self.calibration.get(key, {}))
 
     def _score(
         self,
@@ -303,7 +319,10 @@ class TrainingLoop:
     def _publish_learner(self, learner: Learner, version: str, period: str) -> None:
         config = learner.config
         writer = SnapshotWriter(Path(self.spec.run_dir), config.key, version)
-        mine = writer.write(self.rank, list(learner.slices()))
+        slices = list(learner.slices())
+        if self.rank == 0 and config.calibrate:
+            slices += self._calibrator_slices(learner)
+        mine = writer.write(self.rank, slices)
         files: list[Any] = [mine]
         if self.world > 1:
             files = [None] * self.world
@@ -318,11 +337,20 @@ class TrainingLoop:
             )
         self._barrier()
 
+    def _calibrator_slices(self, learner: Learner) -> list[TensorSlice]:
+        """The learner's calibrator as tensors of its snapshot: the identity for a task that has no fit yet."""
+        calibrator = Calibrator(self.spec.schema_, learner.config.tasks)
+        for task, (scale, shift) in self.calibration.get(learner.config.key, {}).items():
+            calibrator.set(task, scale, shift)
+        return [TensorSlice.whole(CALIBRATOR_PREFIX + name, value) for name, value in calibrator.state_dict().items()]
+
     def _restore(self) -> tuple[Cursor, CheckpointState | None]:
         state = self.checkpoints.load(self.learners)
         if state is None:
             return Cursor(), None
         self.steps_done = dict(state.steps_done)
+        fits = state.partial.get("calibration", {})
+        self.calibration = {key: {task: (a, b) for task, (a, b) in own.items()} for key, own in fits.items()}
         if self.rank == 0:
             sums = torch.tensor([state.rates[task] for task, _ in self.tasks], dtype=torch.float64)
             self.rates.load_state_dict({"sums": sums})
@@ -338,7 +366,7 @@ class TrainingLoop:
             sums = moved.cpu()
             dist.all_reduce(examples)
         rates = {task: sums[i].tolist() for i, (task, _) in enumerate(self.tasks)}
-        shared = {**partial, "examples": int(examples)}
+        shared = {**partial, "examples": int(examples), "calibration": self.calibration}
         state = CheckpointState(
             cursor=cursor, steps_done=self.steps_done, labels=labels, rates=rates, partial=shared, world=self.world
         )
@@ -363,6 +391,13 @@ class TrainingLoop:
             self.progress(period, step, steps, phase)
 
 
+def _add_labelled(sums: CalibrationSums, batch: Batch, logits: dict[str, torch.Tensor]) -> None:
+    """Add the impressions whose labels are known."""
+    for task in sums.tasks:
+        label, known = batch.label(task)
+        sums.update(task, logits[task], label, known & (batch.kind == IMPRESSION), batch.weight)
+
+
 class PeriodRecord(Config):
     """What a trainer says of a period it finished."""
 
@@ -373,4 +408,6 @@ class PeriodRecord(Config):
     seconds: float
     parts: dict[str, float]
     losses: dict[str, float]
+    calibration: dict[str, Fits] = {}
+    """Learner -> task -> slope and shift of the calibrator that its snapshot holds."""
     versions: dict[str, str]

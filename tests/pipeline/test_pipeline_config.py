@@ -69,6 +69,10 @@ def complaint(tmp_path: Path, changes: dict) -> str:
             {"groups": {"students": {"sharding_overrides": {"usr": "row_wise"}}}},
             "group students: override for table 'usr', which is not in the schema; did you mean 'user'?",
         ),
+        (
+            {"students": {"vm": {"tasks": ["watch"], "variants": {"none": []}, "calibrate": True}}},
+            "vm: calibrate is for binary tasks, and it has none; leave it out",
+        ),
         ({"schema": {"taks": []}}, "unknown key 'schema.taks'; did you mean 'tasks'?"),
         (
             {"students": {"vm": {"variants": {"direct": [{**DIRECT, "wieght": 1}]}}}},

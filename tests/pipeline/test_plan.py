@@ -30,6 +30,21 @@ def config(tmp_path):
     return small_pipeline(tmp_path, **MORE)
 
 
+def test_calibration_is_asked_of_each_part(tmp_path):
+    config = small_pipeline(tmp_path, **MORE)
+    specs = [teacher_spec(config, "fm", PERIODS), *student_specs(config, PERIODS)]
+    assert not any(learner.calibrate for spec in specs for learner in spec.learners)
+    config = small_pipeline(tmp_path, **MORE | {"teachers": {"fm": {"calibrate": True}}})
+    assert teacher_spec(config, "fm", PERIODS).learners[0].calibrate
+    assert not any(learner.calibrate for spec in student_specs(config, PERIODS) for learner in spec.learners)
+    students = {**MORE["students"], "vm": {"calibrate": True}}
+    config = small_pipeline(tmp_path, **MORE | {"students": students})
+    asked = {
+        learner.model_name for spec in student_specs(config, PERIODS) for learner in spec.learners if learner.calibrate
+    }
+    assert asked == {"vm"}
+
+
 def test_periods_of_the_schedule(tmp_path):
     available = [f"2024-01-0{day}" for day in range(1, 8)]
 
