@@ -16,7 +16,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from rayfm.config import Config, RayfmError
 from rayfm.data.batch import Batch
@@ -29,7 +29,14 @@ from rayfm.training.config import TrainingConfig
 from rayfm.training.init import fill_normal
 from rayfm.training.module import TrainModule
 from rayfm.training.optim import Optimizers, fuse_table_optimizers
-from rayfm.training.sharding import Sharder, collections, sharding_plan, stored_placement
+from rayfm.training.sharding import (
+    collections,
+    sharders,
+    sharding_plan,
+    stored_placement,
+    table_configs,
+    weight_name,
+)
 
 
 class LearnerConfig(Config):
@@ -44,6 +51,8 @@ class LearnerConfig(Config):
     """Besides the tasks' own loss, which every model has."""
     reference: dict[str, str] = {}
     """Task -> supervision column that considerations are scored against."""
+    calibrate: bool = False
+    """Publish with a calibrator, fitted on each period's predictions before the model trains on the period."""
 
     @property
     def key(self) -> str:
@@ -51,8 +60,6 @@ class LearnerConfig(Config):
         return f"{self.model_name}.{self.variant}.{self.seed}"
 
     def supervision(self) -> tuple[str, ...]:
-    calibrate: bool = False
-    """Publish with a calibrator, fitted on each period's predictions before the model trains on the period."""
         """Supervision columns that training reads."""
         return tuple(dict.fromkeys(name for o in self.objectives for name in o.supervision(self.tasks)))
 
@@ -97,10 +104,11 @@ class Learner:
         module = TrainModule(model, objectives, bf16=training.precision == "bf16")
         fuse_table_optimizers(module, training, schema.tables)
         placement = stored_placement(plan_path, module, training, self.world, write=self.rank == 0)
+        unsharded = collections(module)
         self._table_std = {
-            f"{path}.embedding_bags.{table.name}.weight": _init_std(table)
-            for path, collection in collections(module).items()
-            for table in collection.embedding_bag_configs()
+            weight_name(path, collection, table.name): _init_std(table)
+            for path, collection in unsharded.items()
+            for table in table_configs(collection)
         }
         ahead_parameters = module.pre_step_parameters()
         ahead = {name: p for name, p in module.named_parameters() if any(p is q for q in ahead_parameters)}
@@ -109,13 +117,13 @@ class Learner:
             env=ShardingEnv.from_process_group(dist.group.WORLD),
             device=device,
             plan=sharding_plan(module, placement, self.world, device),
-            sharders=[Sharder()],
+            sharders=sharders(),
             data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=True, params_to_ignore=list(ahead)),
         )
         self.module: TrainModule = self.dmp.module
         self._initialise_tables()
         replicated = {
-            f"{path}.embedding_bags.{table}.weight": table
+            weight_name(path, unsharded[path], table): table
             for path, tables in placement.items()
             for table, where in tables.items()
             if where.kind == "data_parallel"
@@ -160,7 +168,7 @@ class Learner:
             bad = [name for name, total in zip(sums, totals.tolist(), strict=True) if not all(map(_finite, total))]
             raise DivergenceError(
                 f"{self.config.key}: term {bad[0]} is not finite at step {step}; lower the learning rate, add "
-                "warmup_steps, or look for extreme values in the features"
+                "warmup_steps or dense.clippy, or look for extreme values in the features"
             )
         loss.backward()
         backward = time.perf_counter()
@@ -236,7 +244,7 @@ class Learner:
                 yield TensorSlice.whole(name, value)
 
 
-def _init_std(table: EmbeddingBagConfig) -> float:
+def _init_std(table: BaseEmbeddingConfig) -> float:
     """Standard deviation of a table's first values, from the partial that a model gave as ``init_fn``; 0 for zeros."""
     return float(table.init_fn.keywords["std"]) if isinstance(table.init_fn, functools.partial) else 0.0
 

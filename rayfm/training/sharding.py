@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.sharding_plan import (
@@ -17,7 +19,8 @@ from torchrec.distributed.sharding_plan import (
     table_wise,
 )
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from rayfm.config import Config, ConfigError
 from rayfm.data.store import write_json_atomic
@@ -37,6 +40,10 @@ Placement = dict[str, dict[str, TablePlacement]]
 """Path of a collection in the module -> table -> placement."""
 
 
+Collection: TypeAlias = EmbeddingBagCollection | EmbeddingCollection
+"""Pooled features, or sequences item by item."""
+
+
 class Sharder(EmbeddingBagCollectionSharder):
     """The stock sharder, with row-wise allowed on CPU too (it works there, and is left out of the stock list)."""
 
@@ -49,9 +56,37 @@ class Sharder(EmbeddingBagCollectionSharder):
         return [EmbeddingComputeKernel.FUSED.value]
 
 
-def collections(module: nn.Module) -> dict[str, EmbeddingBagCollection]:
+class SequenceSharder(EmbeddingCollectionSharder):
+    """The same for collections of sequences, which cannot be replicated: torchrec 1.8 then pools what it looks up."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return [EmbeddingComputeKernel.FUSED.value]
+
+
+def sharders() -> list[ModuleSharder[nn.Module]]:
+    """A sharder for each kind of collection."""
+    return [Sharder(), SequenceSharder()]
+
+
+def collections(module: nn.Module) -> dict[str, Collection]:
     """The embedding collections of a module by their path."""
-    return {path: part for path, part in module.named_modules() if isinstance(part, EmbeddingBagCollection)}
+    return {path: part for path, part in module.named_modules() if isinstance(part, Collection)}
+
+
+def table_configs(collection: Collection) -> list[BaseEmbeddingConfig]:
+    """The tables of a collection."""
+    if isinstance(collection, EmbeddingCollection):
+        return list(collection.embedding_configs())
+    return list(collection.embedding_bag_configs())
+
+
+def weight_name(path: str, collection: Collection, table: str) -> str:
+    """Name of a table's weight among the parameters of the module that has the collection at ``path``."""
+    kind = "embeddings" if isinstance(collection, EmbeddingCollection) else "embedding_bags"
+    return f"{path}.{kind}.{table}.weight"
 
 
 def place(module: nn.Module, config: TrainingConfig, world: int) -> Placement:
@@ -59,14 +94,22 @@ def place(module: nn.Module, config: TrainingConfig, world: int) -> Placement:
 
     Table-wise tables go, largest first, to the worker with the fewest elements so far (the longest-processing-time
     rule); row-wise ones are cut evenly.
+
+    Raises:
+        ConfigError: a table that sequences read is to be replicated.
     """
     load = [0] * world
     placement: Placement = {}
     for path, collection in collections(module).items():
-        tables = sorted(collection.embedding_bag_configs(), key=lambda c: (-c.num_embeddings * c.embedding_dim, c.name))
+        tables = sorted(table_configs(collection), key=lambda c: (-c.num_embeddings * c.embedding_dim, c.name))
         placement[path] = {}
         for table in tables:
             kind = config.sharding_of(table.name, table.num_embeddings)
+            if kind == "data_parallel" and isinstance(collection, EmbeddingCollection):
+                raise ConfigError(
+                    f"table {table.name!r} is read by a sequence item by item, and such a table cannot be replicated, "
+                    "as optimiser adam needs; give it another one in 'table_overrides', and a sharding of its own"
+                )
             rank = None
             if kind == "table_wise":
                 rank = load.index(min(load))
@@ -78,7 +121,6 @@ def place(module: nn.Module, config: TrainingConfig, world: int) -> Placement:
 def sharding_plan(module: nn.Module, placement: Placement, world: int, device: torch.device) -> ShardingPlan:
     """TorchRec's plan for a placement."""
     plan = {}
-    sharder: ModuleSharder[nn.Module] = Sharder()
     for path, collection in collections(module).items():
         generators: dict[str, ParameterShardingGenerator] = {}
         for table, where in placement[path].items():
@@ -86,6 +128,8 @@ def sharding_plan(module: nn.Module, placement: Placement, world: int, device: t
                 generators[table] = table_wise(rank=where.rank or 0)
             else:
                 generators[table] = row_wise() if where.kind == "row_wise" else data_parallel()
+        sharder: ModuleSharder[nn.Module]
+        sharder = SequenceSharder() if isinstance(collection, EmbeddingCollection) else Sharder()
         plan[path] = construct_module_sharding_plan(
             collection, generators, sharder=sharder, world_size=world, local_size=world, device_type=device.type
         )
