@@ -53,9 +53,10 @@ class Display:
         for spec in watch.pipeline.specs:
             done, text = watch.trained[spec.name]
             label = f"teacher {spec.name}" if spec.role == "teacher" else f"{spec.name} ({len(spec.learners)} models)"
-            self._show(f"train {spec.name}", label, done, total, text)
-            if spec.name in watch.labelled:
-                self._show(f"label {spec.name}", f"labels of {spec.name}", watch.labelled[spec.name], total - 1, "")
+            self._show(f"train {spec.name}", label, done, len(spec.periods), text)
+            labelled, wanted = watch.labelled.get(spec.name, (0, 0))
+            if wanted:
+                self._show(f"label {spec.name}", f"labels of {spec.name}", labelled, wanted, "")
 
     def _show(self, key: str, label: str, done: float, total: int, text: str) -> None:
         if key not in self._bars:

@@ -40,6 +40,8 @@ class TeacherConfig(Config):
     """Tasks to learn and to label; by default all of the schema's."""
     training: TrainingConfig = TrainingConfig(reader="ray_data")
     seed: int = 0
+    through: str | None = None
+    """Last period that it trains on, if not ``schedule.teachers_through``: for the cost of a stale teacher."""
     label_considerations: bool = True
     """Whether considerations get labels too."""
     reference: dict[str, str] = {}
@@ -74,6 +76,12 @@ class ScheduleConfig(Config):
     first: str | None = None
     last: str | None = None
     """Names of the first and last period to use; by default all that the source has."""
+    teachers_through: str | None = None
+    """Last period that teachers train on; later ones they only predict, and their labels come from that snapshot."""
+    students_from: str | None = None
+    """First period of the students: they neither predict nor train on earlier ones."""
+    students_through: str | None = None
+    """Last period that students train on; later ones they only predict."""
 
 
 class EvaluationConfig(Config):

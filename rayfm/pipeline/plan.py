@@ -17,6 +17,7 @@ def choose_periods(config: PipelineConfig, available: list[str]) -> tuple[str, .
         ConfigError: the bounds name none, or too few are left to test on.
     """
     schedule = config.schedule
+    own = {f"teachers.{name}.through": teacher.through for name, teacher in config.teachers.items()}
     for bound in (schedule.first, schedule.last):
         if bound is not None and bound not in available:
             raise ConfigError(f"schedule: period {bound!r} is not in the source, which has {_span(available)}")
@@ -29,7 +30,46 @@ def choose_periods(config: PipelineConfig, available: list[str]) -> tuple[str, .
         raise ConfigError(
             f"schedule: warmup {schedule.warmup} leaves no test period of the {len(periods)} there are; lower it"
         )
+    inner = {f"schedule.{key}": getattr(schedule, key) for key in _INNER_BOUNDS} | own
+    for key, bound in inner.items():
+        if bound is not None and bound not in periods:
+            raise ConfigError(f"{key}: period {bound!r} is not one of the schedule's, {_span(list(periods))}")
+    start, end = schedule.students_from or periods[0], schedule.students_through or periods[-1]
+    if start > end:
+        raise ConfigError(f"schedule: students_from {start} lies after students_through {end}; exchange them")
     return periods
+
+
+_INNER_BOUNDS = ("teachers_through", "students_from", "students_through")
+
+
+def trained_periods(periods: tuple[str, ...], through: str | None) -> int | None:
+    """How many of ``periods`` are trained on, for a trainer that stops after ``through``; None: all."""
+    return None if through is None else periods.index(through) + 1
+
+
+def student_periods(config: PipelineConfig, periods: tuple[str, ...]) -> tuple[str, ...]:
+    """The periods that students see."""
+    start = config.schedule.students_from
+    return periods if start is None else periods[periods.index(start) :]
+
+
+def periods_to_label(config: PipelineConfig, periods: tuple[str, ...], teacher: str) -> tuple[str, ...]:
+    """The periods whose labels of a teacher any student reads: to train with, or to be scored against.
+
+    The first period can have none: no teacher was trained before it.
+    """
+    students = [s for s in config.students.values() if any(c.startswith(f"{teacher}/") for c in _columns(config, s))]
+    seen = student_periods(config, periods)
+    count = trained_periods(seen, config.schedule.students_through)
+    scored = any(column.startswith(f"{teacher}/") for s in students for column in s.reference.values())
+    return tuple(period for period in (seen if scored else seen[:count]) if period != periods[0]) if students else ()
+
+
+def _columns(config: PipelineConfig, student: StudentConfig) -> list[str]:
+    tasks = config.tasks_of(student)
+    read = [c for terms in student.variants.values() for term in terms for c in term.supervision(tasks)]
+    return [*read, *student.reference.values()]
 
 
 def _span(periods: list[str]) -> str:
@@ -62,6 +102,7 @@ def teacher_spec(config: PipelineConfig, name: str, periods: tuple[str, ...]) ->
         schema_=config.schema_,
         features=teacher.model.features,
         periods=periods,
+        trained=trained_periods(periods, teacher.through or config.schedule.teachers_through),
         store=config.storage,
         run_dir=str(config.run_dir),
         evaluated_share=config.evaluation.consideration_share if teacher.reference else 0.0,
@@ -72,6 +113,7 @@ def teacher_spec(config: PipelineConfig, name: str, periods: tuple[str, ...]) ->
 def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[TrainerSpec]:
     """What each group of students is told."""
     specs = []
+    periods = student_periods(config, periods)
     for group in sorted({student.group for student in config.students.values()}):
         students = {name: student for name, student in config.students.items() if student.group == group}
         learners = tuple(
@@ -101,6 +143,7 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
                 schema_=config.schema_,
                 features=None if None in wanted else tuple(f.name for f in config.schema_.features if f.name in names),
                 periods=periods,
+                trained=trained_periods(periods, config.schedule.students_through),
                 store=config.storage,
                 run_dir=str(config.run_dir),
                 teachers=tuple(name for name in config.teachers if any(c.startswith(f"{name}/") for c in read)),

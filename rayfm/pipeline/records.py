@@ -26,10 +26,14 @@ class RunRecords:
         config: the run's config.
         specs: its trainers.
         tickets: its tickets; label jobs left theirs there.
+        periods: its periods, by default the first trainer's.
     """
 
-    def __init__(self, config: PipelineConfig, specs: list[TrainerSpec], tickets: Tickets) -> None:
+    def __init__(
+        self, config: PipelineConfig, specs: list[TrainerSpec], tickets: Tickets, periods: tuple[str, ...] | None = None
+    ) -> None:
         self.config, self.specs, self.tickets = config, specs, tickets
+        self.periods = specs[0].periods if periods is None else periods
         self.store = ExampleStore(config.storage)
         self._written: set[tuple[str, str]] = set()
 
@@ -76,7 +80,7 @@ class RunRecords:
 
     def summary(self) -> dict[str, Any]:
         """Summarise the test periods and write ``summary.json``."""
-        periods = self.specs[0].periods[self.config.schedule.warmup :]
+        periods = self.periods[self.config.schedule.warmup :]
         summary: dict[str, Any] = summarise(
             self.entries(periods),
             reference_variant=self.config.evaluation.reference_variant,
@@ -89,7 +93,7 @@ class RunRecords:
         """What happened, period by period; also written to ``progress.jsonl``."""
         found: list[dict[str, Any]] = []
         prepared = set(self.store.periods())
-        for period in self.specs[0].periods:
+        for period in self.periods:
             if period in prepared:
                 manifest = self.store.manifest(period)
                 found.append(

@@ -27,7 +27,14 @@ from rayfm.data.store import ExampleStore
 from rayfm.labels.store import LabelStore
 from rayfm.pipeline.capacity import check_capacity
 from rayfm.pipeline.config import PipelineConfig
-from rayfm.pipeline.plan import choose_periods, group_labels, student_specs, teacher_key, teacher_spec
+from rayfm.pipeline.plan import (
+    choose_periods,
+    group_labels,
+    periods_to_label,
+    student_specs,
+    teacher_key,
+    teacher_spec,
+)
 from rayfm.pipeline.records import RunRecords
 from rayfm.pipeline.session import cluster_resources, ray_session
 from rayfm.pipeline.tickets import Tickets, TrainerTickets, check_order, metadata_path
@@ -60,7 +67,8 @@ class Watch:
 
     pipeline: Pipeline
     prepared: int
-    labelled: dict[str, int]
+    labelled: dict[str, tuple[int, int]]
+    """Teacher -> (periods labelled, periods to label)."""
     trained: dict[str, tuple[float, str]]
     """Trainer -> (periods done, fraction included; what it is doing)."""
 
@@ -91,7 +99,7 @@ class Pipeline:
         self.teacher_specs = [teacher_spec(config, name, self.periods) for name in config.teachers]
         self.student_specs = student_specs(config, self.periods)
         self.specs: list[TrainerSpec] = [*self.teacher_specs, *self.student_specs]
-        self.records = RunRecords(config, self.specs, self.tickets)
+        self.records = RunRecords(config, self.specs, self.tickets, self.periods)
 
     # -- the parts ----------------------------------------------------------------------------------------------
 
@@ -108,7 +116,7 @@ class Pipeline:
             prepare_timeout: seconds to wait for a period to be prepared.
             alone: nothing else runs: wait for no label job and for no labels.
         """
-        teaches = any(spec.name in student.teachers for student in self.student_specs)
+        teaches = spec.role == "teacher" and not alone
         labels = group_labels(self.config, spec.name) if spec.role == "students" else None
         return TrainerTickets(
             self.tickets,
@@ -117,7 +125,7 @@ class Pipeline:
             self.periods,
             teachers=spec.teachers,
             labels=labels.model_copy(update={"wait": 0.0}) if labels is not None and alone else labels,
-            label_teacher=spec.role == "teacher" and teaches and not alone,
+            labelled=periods_to_label(self.config, self.periods, spec.name) if teaches else (),
             prepare_timeout=prepare_timeout,
         )
 
@@ -223,19 +231,24 @@ class Pipeline:
         prepared = set(self.store.periods())
         trained = {}
         for spec in self.specs:
-            done = sum((spec.folder / "periods" / f"{period}.json").exists() for period in self.periods)
+            periods = spec.periods
+            done = sum((spec.folder / "periods" / f"{period}.json").exists() for period in periods)
             text, fraction = "", 0.0
             report = progress_file(spec).read()
-            if report is not None and done < len(self.periods) and report["period"] == self.periods[done]:
+            if report is not None and done < len(periods) and report["period"] == periods[done]:
                 share = report["step"] / max(1, report["steps"])
                 fraction = 0.2 * share if report["phase"] == "predict" else 0.2 + 0.8 * share
                 text = f"{report['phase']} {report['period']}"
-            elif done < len(self.periods):
-                text = f"waiting for {self.periods[done]}" if done or report else "starting"
+            elif done < len(periods):
+                text = f"waiting for {periods[done]}" if done or report else "starting"
             trained[spec.name] = (done + fraction, text)
         labelled = {
-            teacher: sum(self.tickets.get("labelled", teacher, period) is not None for period in self.periods)
+            teacher: (
+                sum(self.tickets.get("labelled", teacher, period) is not None for period in periods),
+                len(periods),
+            )
             for teacher in self.config.teachers
+            for periods in [periods_to_label(self.config, self.periods, teacher)]
         }
         return Watch(self, sum(period in prepared for period in self.periods), labelled, trained)
 
@@ -297,7 +310,8 @@ class Pipeline:
             for spec in self.student_specs:
                 for teacher in spec.teachers:
                     if f"labels of {teacher}" not in parts.values():
-                        start(f"labels of {teacher}", self.serve_and_label, teacher)
+                        wanted = periods_to_label(self.config, self.periods, teacher)
+                        start(f"labels of {teacher}", self.serve_and_label, teacher, wanted)
             failure: BaseException | None = None
             pending = set(parts)
             while pending:

@@ -109,8 +109,8 @@ class TrainerTickets:
         periods: the run's periods.
         teachers: teachers whose labels the trainer reads; empty for a teacher.
         labels: what it asks of them.
-        label_teacher: for a teacher that labels: wait with period i until the labels of i - 1 stand, so that it runs
-            at most one period ahead of the label jobs that need its snapshots.
+        labelled: for a teacher that labels, the periods that it does: it waits with period i until the labels of i - 1
+            stand, so that it runs at most one period ahead of the label jobs that need its snapshots.
         prepare_timeout: seconds to wait for a period to be prepared; 0 refuses at once.
     """
 
@@ -122,12 +122,12 @@ class TrainerTickets:
         periods: tuple[str, ...],
         teachers: tuple[str, ...] = (),
         labels: LabelsConfig | None = None,
-        label_teacher: bool = False,
+        labelled: tuple[str, ...] = (),
         prepare_timeout: float = 3600.0,
     ) -> None:
         self.tickets, self.trainer, self.store, self.periods = tickets, trainer, store, periods
         self.teachers, self.labels = teachers, labels or LabelsConfig()
-        self.label_teacher, self.prepare_timeout = label_teacher, prepare_timeout
+        self.labelled, self.prepare_timeout = labelled, prepare_timeout
 
     def wait_prepared(self, period: str) -> None:
         deadline = time.monotonic() + self.prepare_timeout
@@ -137,7 +137,7 @@ class TrainerTickets:
                 self.store.manifest(period)  # says what is missing
             time.sleep(POLL_S)
         index = self.periods.index(period)
-        if self.label_teacher and index >= 2:
+        if index >= 1 and self.periods[index - 1] in self.labelled:
             self.tickets.wait("labelled", self.trainer, self.periods[index - 1])
 
     def wait_labels(self, period: str) -> dict[str, PinnedLabels]:

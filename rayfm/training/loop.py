@@ -124,12 +124,18 @@ class TrainingLoop:
         partial: dict[str, Any] = dict(resumed.partial) if resumed else {}
         if self.rank > 0:
             partial.pop("examples", None)  # the checkpoint's count is of all ranks; rank 0 goes on with it
-        examples = self._train(index, resumed.cursor.step if resumed else 0, partial, resumed, parts)
-        losses = {name: total / weight for name, (total, weight) in partial["losses"].items() if weight > 0}
+        if self._trains(index):
+            examples = self._train(index, resumed.cursor.step if resumed else 0, partial, resumed, parts)
+        else:
+            examples = 0
+        losses = {name: total / weight for name, (total, weight) in partial.get("losses", {}).items() if weight > 0}
         record = {"examples": examples, "losses": losses, "parts": parts.seconds, "calibration": self.calibration}
         with parts.timed("checkpoint"):
             self._checkpoint(Cursor(period_index=index + 1), {}, record)
         self._finish(index, record, parts, started)
+
+    def _trains(self, index: int) -> bool:
+        return self.spec.trained is None or index < self.spec.trained
 
     def _finish(
         self, index: int, record: dict[str, Any], parts: PeriodParts | None = None, started: float | None = None
@@ -304,6 +310,9 @@ class TrainingLoop:
 
     def _publish(self, index: int, parts: PeriodParts) -> dict[str, str]:
         """Publish every learner as trained through this period. Returns learner -> version."""
+        if not self._trains(index):
+            assert self.spec.trained is not None
+            index = self.spec.trained - 1  # a period that was only predicted leaves the version before it standing
         period = self.spec.periods[index]
         keys = [learner.config.key for learner in self.learners]
         versions = {key: version_id(period, f"{key}/{self.steps_done[key]}") for key in keys}

@@ -24,6 +24,8 @@ class TrainerSpec(Config):
     features: tuple[str, ...] | None = None
     """Features that any of the learners reads; None: all."""
     periods: tuple[str, ...]
+    trained: int | None = None
+    """How many of the periods, from the first, are trained on; the others are predicted alone. None: all."""
     first_predicted: int = 1
     """Index of the first period that is predicted before it is trained on."""
     store: str

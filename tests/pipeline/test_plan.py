@@ -5,7 +5,15 @@ from small_pipeline import PERIODS, small_pipeline
 
 from rayfm.config import CapacityError, ConfigError
 from rayfm.pipeline.capacity import check_capacity, needs
-from rayfm.pipeline.plan import choose_periods, group_labels, student_specs, teacher_key, teacher_spec, teachers_of
+from rayfm.pipeline.plan import (
+    choose_periods,
+    group_labels,
+    periods_to_label,
+    student_specs,
+    teacher_key,
+    teacher_spec,
+    teachers_of,
+)
 
 AUX = {"type": "auxiliary_head", "teacher": "fm"}
 MORE = {
@@ -216,3 +224,44 @@ def test_a_plan_without_its_gpus_is_refused(tmp_path):
 def test_groups_without_students_need_nothing(tmp_path):
     config = small_pipeline(tmp_path, groups={"idle": {"workers": 100}})
     check_capacity(config, cpus=2)
+
+
+def test_periods_of_teachers_and_of_students_apart(tmp_path):
+    days = tuple(f"2024-01-0{day}" for day in range(1, 7))
+
+    def planned(teacher=None, **schedule):
+        config = small_pipeline(
+            tmp_path, schedule={"warmup": 5, **schedule}, teachers={"fm": {"through": teacher}} if teacher else {}
+        )
+        periods = choose_periods(config, list(days))
+        (students,) = student_specs(config, periods)
+        return teacher_spec(config, "fm", periods), students, periods_to_label(config, periods, "fm")
+
+    # The ExFM split: the teacher learns four days and labels the fifth; the student learns that one, and is tested on
+    # the sixth.
+    teacher, students, labelled = planned(teachers_through=days[3], students_from=days[4], students_through=days[4])
+    assert (teacher.periods, teacher.trained) == (days, 4)
+    assert (students.periods, students.trained) == (days[4:], 1)
+    assert labelled == (days[4],)
+    teacher, students, labelled = planned()
+    assert (teacher.trained, students.trained) == (None, None)
+    assert students.periods == days
+    assert labelled == days[1:], "no teacher was trained before the first period"
+    assert planned(teacher=days[1])[0].trained == 2
+    assert planned(teacher=days[1], teachers_through=days[3])[0].trained == 2, "the teacher's own bound goes first"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"teachers_through": "2024-01-09"}, "schedule.teachers_through: period '2024-01-09' is not one of the sche"),
+        ({"students_from": "2024-01-03", "students_through": "2024-01-02"}, "lies after students_through 2024-01-02"),
+    ],
+)
+def test_bounds_of_a_part_lie_in_the_schedule(tmp_path, schedule, expected):
+    config = small_pipeline(tmp_path, schedule={"warmup": 1, **schedule})
+    with pytest.raises(ConfigError, match=expected):
+        choose_periods(config, list(PERIODS))
+    config = small_pipeline(tmp_path, teachers={"fm": {"through": "2024-02-01"}})
+    with pytest.raises(ConfigError, match=r"teachers.fm.through: period '2024-02-01' is not one of the schedule's"):
+        choose_periods(config, list(PERIODS))

@@ -140,7 +140,7 @@ def test_train_without_leaves_the_teacher_out_and_says_so(tickets, store):
 
 
 def test_a_teacher_runs_at_most_one_period_ahead_of_its_labels(tickets, store):
-    teacher = TrainerTickets(tickets, "fm", store, PERIODS, label_teacher=True)
+    teacher = TrainerTickets(tickets, "fm", store, PERIODS, labelled=PERIODS[1:])
     teacher.wait_prepared(PERIODS[0])
     teacher.wait_prepared(PERIODS[1])
     passed = threading.Event()

@@ -1,0 +1,49 @@
+"""Trainers that do not train on every period: a teacher that stopped, students that start late."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import training_runs as runs
+from example_store import write_store
+
+from rayfm.snapshots.load import SnapshotStore
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("store")
+    write_store(root, list(runs.PERIODS), impressions=300, considerations=100)
+    return root
+
+
+def test_a_trainer_that_stopped_still_predicts(store: Path, tmp_path: Path) -> None:
+    whole = runs.spec(store, tmp_path / "whole", runs.learner("fm"))
+    stopped = runs.spec(store, tmp_path / "stopped", runs.learner("fm")).model_copy(update={"trained": 2})
+    runs.train_here(whole)
+    done = runs.train_here(stopped).done
+    versions = [version["fm.none.1"] for _, version in done]
+    assert versions[1] == versions[2] != versions[0], "the version of the last trained period stays"
+    snapshots = SnapshotStore(stopped.run_dir)
+    assert snapshots.manifest("fm.none.1", versions[2]).trained_through == runs.PERIODS[1]
+    assert len(snapshots.versions("fm.none.1")) == 2
+    record = json.loads((stopped.folder / "periods" / f"{runs.PERIODS[2]}.json").read_text())
+    assert record["examples"] == 0
+    assert record["losses"] == {}
+    # Up to there both are the same model, so that the next period is predicted alike.
+    for period in runs.PERIODS[1:]:
+        one, other = (runs.metric_sums(spec, period, "fm.none.1") for spec in (whole, stopped))
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+
+
+def test_it_goes_on_from_its_last_checkpoint(store: Path, tmp_path: Path) -> None:
+    spec = runs.spec(store, tmp_path, runs.learner("fm")).model_copy(update={"trained": 1})
+    first = runs.train_here(spec).done
+    (spec.folder / "periods" / f"{runs.PERIODS[2]}.json").unlink()
+    again = runs.train_here(spec).done
+    assert [version for _, version in again] == [first[-1][1]]
+    assert (spec.folder / "periods" / f"{runs.PERIODS[2]}.json").exists()
