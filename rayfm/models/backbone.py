@@ -13,7 +13,8 @@ from torch import Tensor
 from rayfm.data.batch import Batch
 from rayfm.models.base import Model, ModelConfig, ModelOutput
 from rayfm.models.embeddings import DenseFeatures, FeatureEmbeddings, flat_inputs, select_features
-from rayfm.models.mlp import MLP, TaskHeads
+from rayfm.models.heads import MultiTaskConfig, TaskHeads
+from rayfm.models.mlp import MLP
 from rayfm.models.scaling import Widths
 from rayfm.schema import Feature, Schema
 
@@ -27,6 +28,12 @@ class DeepConfig(ModelConfig):
     """Share of an MLP layer's outputs dropped in training."""
     layer_norm: bool = False
     """Normalise each MLP layer before its ReLU."""
+    multi_task: MultiTaskConfig = MultiTaskConfig()
+    """How tasks share the representation, and which task's head reads another one's logit."""
+
+    def check(self, schema: Schema, tasks: tuple[str, ...]) -> None:
+        super().check(schema, tasks)
+        self.multi_task.check(tasks)
 
     def mlp(self, in_dim: int, widths: tuple[int, ...]) -> MLP:
         """An MLP of ``widths`` with this config's dropout and layer norm."""
@@ -62,7 +69,7 @@ class Backbone(Model):
         self.features = select_features(schema, config.features)
         self.embed(self.features, embedding_device)
         self.representation_dim = self.build()
-        self.heads = TaskHeads(self.representation_dim, tasks, config.head)
+        self.heads = TaskHeads(self.representation_dim, tasks, config.head, config.multi_task)
 
     def embed(self, features: list[Feature], device: torch.device | None) -> None:
         """Make ``embeddings`` and ``dense`` for ``features``, the tables on ``device``."""

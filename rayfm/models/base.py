@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rayfm.config import Config, Registry
 from rayfm.data.batch import Batch
+from rayfm.models.embeddings import select_features
 from rayfm.schema import Schema
 
 MODELS = Registry("model", "rayfm.models")
@@ -37,6 +38,14 @@ class ModelConfig(Config):
     """E. The fused tables of fbgemm need a multiple of 4."""
     activation_clip: float | None = Field(None, gt=0)
     """Limit of what a ReLU gives, in training and serving; by default none. Against divergence of large models."""
+
+    def check(self, schema: Schema, tasks: tuple[str, ...]) -> None:
+        """Refuse, before anything is trained, what does not fit a schema or the tasks to predict.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        select_features(schema, self.features)
 
 
 class Model(nn.Module):

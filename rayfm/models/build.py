@@ -46,6 +46,7 @@ def build_model(
             raise ConfigError(f"tasks: {task!r} is not in the schema{nearest(task, known)}")
         if tasks.count(task) > 1:
             raise ConfigError(f"tasks: {task!r} stands twice; name it once")
+    config.check(schema, tasks)
     with contextlib.ExitStack() as stack:
         if seed is not None:
             stack.enter_context(torch.random.fork_rng())

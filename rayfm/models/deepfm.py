@@ -17,7 +17,8 @@ from rayfm.models.backbone import DeepConfig
 from rayfm.models.base import MODELS, Model, ModelOutput
 from rayfm.models.embeddings import flat_inputs, select_features
 from rayfm.models.fm import FactorizationTerms, ProductHeads
-from rayfm.models.mlp import TaskHeads, per_task
+from rayfm.models.heads import TaskHeads
+from rayfm.models.mlp import per_task
 from rayfm.models.scaling import Widths
 from rayfm.schema import Schema
 
@@ -65,12 +66,11 @@ class DeepFM(Model):
         in_dim = self.terms.factors.num_features * dim + self.terms.dense.num_features
         self.deep = config.mlp(in_dim, config.hidden)
         self.product_heads = ProductHeads(dim, len(tasks))
-        self.heads = TaskHeads(self.deep.out_dim, tasks, config.head)
+        self.heads = TaskHeads(self.deep.out_dim, tasks, config.head, config.multi_task)
         self.representation_dim = self.deep.out_dim + dim + len(tasks)
 
     def forward(self, batch: Batch) -> ModelOutput:
         embeddings_BFE, pairwise_BE, linear_BT = self.terms(batch)
         deep_BH = self.deep(flat_inputs(embeddings_BFE, self.terms.dense(batch)))
         machine = per_task(self.product_heads(pairwise_BE) + linear_BT, self.tasks)
-        logits = {task: machine[task] + logit for task, logit in self.heads(deep_BH).items()}
-        return ModelOutput(torch.cat([deep_BH, pairwise_BE, linear_BT], dim=1).float(), logits)
+        return ModelOutput(torch.cat([deep_BH, pairwise_BE, linear_BT], dim=1).float(), self.heads(deep_BH, machine))

@@ -1,14 +1,12 @@
-"""Multi-layer perceptrons and the heads on top of a backbone.
+"""Multi-layer perceptrons, and the head that ends in one number.
 
-Shape letters: B examples, H width of the representation.
+Shape letters: B examples, H width of the representation, T tasks.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-
-from rayfm.models.embeddings import require_module_names
 
 
 class MLP(nn.Module):
@@ -76,33 +74,6 @@ class Head(nn.Module):
         with full_precision(hidden_BH):
             out: Tensor = self.output(hidden_BH.float())
         return out.squeeze(1)
-
-
-class TaskHeads(nn.Module):
-    """The serving heads: ``[B, H] -> {task: [B]}``, float32 also under autocast.
-
-    Args:
-        in_dim: H.
-        tasks: the tasks, each with a head.
-        hidden: widths of each head's own hidden layers. Without any, the heads are one matrix, so that the
-            representation is read once for all tasks.
-    """
-
-    def __init__(self, in_dim: int, tasks: tuple[str, ...], hidden: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.tasks = tasks
-        self.linear = None if hidden else nn.Linear(in_dim, len(tasks))
-        self.towers: nn.ModuleDict | None = None
-        if hidden:
-            require_module_names("task", list(tasks))
-            self.towers = nn.ModuleDict({task: Head(in_dim, hidden) for task in tasks})
-
-    def forward(self, representation_BH: Tensor) -> dict[str, Tensor]:
-        if self.linear is not None:
-            with full_precision(representation_BH):
-                return per_task(self.linear(representation_BH.float()), self.tasks)
-        assert self.towers is not None
-        return {task: head(representation_BH) for task, head in self.towers.items()}
 
 
 def per_task(logits_BT: Tensor, tasks: tuple[str, ...]) -> dict[str, Tensor]:

@@ -173,6 +173,10 @@ class PipelineConfig(Config):
             for feature in part.model.features or ():
                 if feature not in features:
                     raise ValueError(f"{name}: feature {feature!r} is not in the schema{nearest(feature, features)}")
+            try:
+                part.model.check(self.schema_, self.tasks_of(part))
+            except ConfigError as error:
+                raise ValueError(f"{name}: {error}") from None
             for task, column in part.reference.items():
                 own = list(self.tasks_of(part))
                 if task not in own:

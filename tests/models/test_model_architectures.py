@@ -17,7 +17,8 @@ from rayfm.models import MODELS, build_model
 from rayfm.models.dcnv2 import CrossNetwork
 from rayfm.models.dlrm import dot_interaction
 from rayfm.models.fm import ProductHeads, pairwise_interactions
-from rayfm.models.mlp import MLP, TaskHeads
+from rayfm.models.heads import TaskHeads
+from rayfm.models.mlp import MLP
 
 KINDS = sorted(SIZES)
 
