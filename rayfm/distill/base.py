@@ -49,6 +49,10 @@ class ObjectiveConfig(Config):
         """Names of the supervision columns that the objective reads, for a student with these tasks."""
         return ()
 
+    def replaces_supervised(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of a student's ``tasks`` whose own loss the objective takes the place of."""
+        return ()
+
     def representations(self) -> tuple[str, ...]:
         """Teachers whose stored representation the objective reads."""
         return ()
@@ -67,10 +71,11 @@ def check_names(objectives: Sequence[ObjectiveConfig]) -> None:
     Raises:
         ConfigError: naming it.
     """
-    labels = ["supervised", *(objective.label for objective in objectives)]
-    for label in labels:
-        if labels.count(label) > 1:
-            why = "; the tasks' own loss has it" if label == "supervised" else ""
+    labels = [objective.label for objective in objectives]
+    for objective, label in zip(objectives, labels, strict=True):
+        taken = label == "supervised" and vars(objective)["type"] != "supervised"
+        if taken or labels.count(label) > 1:
+            why = "; the tasks' own loss has it" if taken else ""
             raise ConfigError(f"two objectives are called {label!r}{why}; give each a 'name' of its own")
 
 

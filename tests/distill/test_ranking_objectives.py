@@ -396,4 +396,5 @@ def test_two_objectives_need_two_names() -> None:
     with pytest.raises(ConfigError, match="'second'"):
         check_names([head(teacher="a", name="second"), head(teacher="b", name="second")])
     with pytest.raises(ConfigError, match="'supervised'; the tasks' own loss has it"):
-        check_names([OBJECTIVES["supervised"].Config()])
+        check_names([OBJECTIVES["direct"].Config(teacher="a", name="supervised")])
+    check_names([OBJECTIVES["supervised"].Config()])  # it takes the place of the default
