@@ -59,5 +59,5 @@ class Supervised(Objective):
             if self.traffics is not None:
                 mask = mask & traffic_mask(batch, self.traffics)
             loss = task_loss(task, output.logits[task.name], label)
-            terms[task.name] = weighted_term(loss, batch.weight, mask & seen, task.weight)
+            terms[task.name] = weighted_term(loss, batch.weight, mask, task.weight)
         return terms
