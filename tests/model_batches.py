@@ -33,6 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "dcnv2": {"hidden": (16, 12)},
     "fm": {},
     "deepfm": {"hidden": (16, 12)},
+    "dmin": {"interests": 2, "position_dim": 2, "attention": (8,), "hidden": (16, 12)},
     "two_tower": {"item_features": ("video", "tags", "duration"), "hidden": (16,), "vector_dim": 12},
 }
 
@@ -47,3 +48,8 @@ def small_model(kind: str, tasks: tuple[str, ...] = TASKS, seed: int = 0, **chan
 
 def random_batch(rows: int = 32, seed: int = 0, **options: Any) -> Batch:
     return synthetic_batch(SCHEMA, rows, seed=seed, **{"supervision": SUPERVISION, **options})
+
+
+def is_table(name: str) -> bool:
+    """Whether a parameter is a table of an embedding collection."""
+    return "embedding_bags" in name or ".embeddings." in name

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from model_batches import SCHEMA, SIZES, TASKS, random_batch, small_config, small_model
+from model_batches import SCHEMA, SIZES, TASKS, is_table, random_batch, small_config, small_model
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, data_parallel, row_wise, table_wise
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from rayfm.models import build_model
 
@@ -27,28 +28,34 @@ class Sharder(EmbeddingBagCollectionSharder):
         return ["table_wise", "row_wise", "data_parallel"]
 
 
+class SequenceSharder(EmbeddingCollectionSharder):
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return ["table_wise", "row_wise"]
+
+
 def _shard(module: nn.Module, how: str, world: int) -> nn.Module:
     plans = {}
     for path, part in module.named_modules():
-        if isinstance(part, EmbeddingBagCollection):
-            kinds = {}
-            for position, table in enumerate(part.embedding_bag_configs()):
-                choices = {
-                    "row_wise": row_wise(),
-                    "table_wise": table_wise(rank=position % world),
-                    "data_parallel": data_parallel(),
-                }
-                names = list(choices)
-                kinds[table.name] = choices[names[position % 3] if how == "mixed" else how]
-            plans[path] = construct_module_sharding_plan(
-                part, kinds, sharder=Sharder(), world_size=world, local_size=world, device_type="cpu"
-            )
+        if not isinstance(part, EmbeddingBagCollection | EmbeddingCollection):
+            continue
+        pooled = isinstance(part, EmbeddingBagCollection)
+        kinds = {}
+        for position, table in enumerate(part.embedding_bag_configs() if pooled else part.embedding_configs()):
+            choices = {"row_wise": row_wise(), "table_wise": table_wise(rank=position % world)}
+            if pooled:  # TorchRec cannot replicate the tables of sequences
+                choices["data_parallel"] = data_parallel()
+            names = list(choices)
+            kinds[table.name] = choices[names[position % len(names)] if how == "mixed" else how]
+        sharder = Sharder() if pooled else SequenceSharder()
+        plans[path] = construct_module_sharding_plan(
+            part, kinds, sharder=sharder, world_size=world, local_size=world, device_type="cpu"
+        )
     return DistributedModelParallel(
         module,
         env=ShardingEnv.from_process_group(dist.group.WORLD),
         device=torch.device("cpu"),
         plan=ShardingPlan(plans),
-        sharders=[Sharder()],
+        sharders=[Sharder(), SequenceSharder()],
     )
 
 
@@ -78,7 +85,7 @@ def _compare(rank: int, world: int, folder: str) -> None:
                 for parameter in plain.parameters():
                     parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
             model = build_model(small_config(kind), SCHEMA, TASKS, embedding_device=torch.device("meta"))
-            tables = [value for name, value in model.named_parameters() if "embedding_bags" in name]
+            tables = [value for name, value in model.named_parameters() if is_table(name)]
             _apply_optimizer_in_backward(torch.optim.SGD, tables, {"lr": 0.0})  # else fbgemm steps by itself
             sharded = _shard(model, how, world)
             _load(sharded, plain.state_dict())
