@@ -24,6 +24,16 @@ class IdLookup:
         return (ids % 1000 / 1000).astype(np.float32)[:, None], (ids % 7 != 0)[:, None]
 
 
+class IdVectors:
+    """Stored representations that can be checked: two numbers of the example id, missing for every fifth."""
+
+    name, width = "teacher", 2
+
+    def vectors(self, period, kind, lane, start, stop, ids):
+        assert stop - start == len(ids)
+        return np.stack([ids % 100, ids % 9], 1).astype(np.float32), ids % 5 != 0
+
+
 def every_feature_schema() -> Schema:
     return Schema.model_validate(
         {

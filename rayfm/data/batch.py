@@ -1,6 +1,6 @@
 """What a model sees: one step's examples as tensors.
 
-Shape letters: B examples, D dense features, T tasks, S supervision columns.
+Shape letters: B examples, D dense features, T tasks, S supervision columns, V stored representations, R their width.
 """
 
 from __future__ import annotations
@@ -56,6 +56,12 @@ class Batch:
     """int64 ``[B]``: the user, for intervals; the example id where unknown."""
     tasks: tuple[str, ...] = ()
     supervision_names: tuple[str, ...] = ()
+    representation: Tensor | None = None
+    """float32 ``[B, sum of R]``: stored representations side by side, 0 where there is none. None: none is read."""
+    representation_mask: Tensor | None = None
+    """bool ``[B, V]``."""
+    representation_widths: tuple[tuple[str, int], ...] = ()
+    """Name (a teacher's) and R of each, in order."""
 
     def __len__(self) -> int:
         return int(self.example_id.shape[0])
@@ -80,6 +86,17 @@ class Batch:
         """Label and mask of one task, each ``[B]``."""
         column = self.tasks.index(task)
         return self.labels[:, column], self.label_mask[:, column]
+
+    def represented(self, name: str) -> tuple[Tensor, Tensor]:
+        """A stored representation ``[B, R]`` and its mask ``[B]``."""
+        assert self.representation is not None
+        assert self.representation_mask is not None
+        start = 0
+        for column, (known, width) in enumerate(self.representation_widths):
+            if known == name:
+                return self.representation[:, start : start + width], self.representation_mask[:, column]
+            start += width
+        raise ValueError(f"the batch has no representation {name!r}")
 
     def supervised(self, name: str) -> tuple[Tensor, Tensor]:
         """Supervision and mask of one column, each ``[B]``."""

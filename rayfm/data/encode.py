@@ -3,13 +3,14 @@
 Hashing and conversion cost a call a column, whatever the number of rows; so a chunk of several steps is encoded once
 and each step is a slice of it.
 
-Shape letters: N rows of the chunk, B rows of a step, D dense features, F single-id features, T tasks, S supervision.
+Shape letters: N rows of the chunk, B rows of a step, D dense features, F single-id features, T tasks, S supervision,
+V stored representations, R their width.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +63,10 @@ class EncodedChunk:
     weight: FloatArray
     group: IntArray
     user: IntArray
+    representation: FloatArray | None = None
+    """``[N, sum of R]``"""
+    representation_mask: BoolArray | None = None
+    """``[N, V]``"""
 
     def __len__(self) -> int:
         return len(self.example_id)
@@ -75,6 +80,7 @@ class Encoder:
         features: names of the features to encode; all of the schema's by default.
         supervision: names of the supervision columns, in the order of ``Batch.supervision``.
         labels: whether the tables have the tasks' columns; what is served has none.
+        representations: name and width of the stored representations, in the order of ``Batch.representation``.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class Encoder:
         features: tuple[str, ...] | None = None,
         supervision: tuple[str, ...] = (),
         labels: bool = True,
+        representations: tuple[tuple[str, int], ...] = (),
     ) -> None:
         wanted = [f for f in schema.features if features is None or f.name in features]
         self.schema, self.features = schema, features
@@ -92,6 +99,7 @@ class Encoder:
         self.weighted = [f for f in wanted if f.kind == "weighted"]
         self.sequence = [f for f in wanted if f.kind == "sequence"]
         self.supervision = supervision
+        self.representations = representations
         self.tasks = tuple(task.name for task in schema.tasks) if labels else ()
 
     @property
@@ -102,9 +110,15 @@ class Encoder:
         return list(dict.fromkeys([EXAMPLE_ID, TRAFFIC, *names, *self.tasks]))
 
     def encode(
-        self, table: pa.Table, kind: IntArray, supervision: FloatArray, supervision_mask: BoolArray
+        self,
+        table: pa.Table,
+        kind: IntArray,
+        supervision: FloatArray,
+        supervision_mask: BoolArray,
+        representation: FloatArray | None = None,
+        representation_mask: BoolArray | None = None,
     ) -> EncodedChunk:
-        """Encode ``table`` (N rows) with its kinds ``[N]`` and supervision ``[N, S]``.
+        """Encode ``table`` (N rows) with its kinds ``[N]``, supervision ``[N, S]`` and representations ``[N, sum R]``.
 
         Raises:
             DataError: a column is missing.
@@ -140,6 +154,8 @@ class Encoder:
             weight=_optional(table, "sampling_weight", np.ones(rows, np.float32)),
             group=_optional(table, "request_id", np.full(rows, -1, np.int64)),
             user=_optional(table, "user_id", example_id),
+            representation=representation,
+            representation_mask=representation_mask,
         )
 
     def batch(self, chunk: EncodedChunk, start: int, stop: int) -> Batch:
@@ -161,6 +177,9 @@ class Encoder:
             user=torch.from_numpy(chunk.user[start:stop]),
             tasks=self.tasks,
             supervision_names=self.supervision,
+            representation=_tensor(chunk.representation, start, stop),
+            representation_mask=_tensor(chunk.representation_mask, start, stop),
+            representation_widths=self.representations,
         )
 
     def _sparse(self, chunk: EncodedChunk, start: int, stop: int) -> KeyedJaggedTensor | None:
@@ -267,6 +286,10 @@ class Encoder:
             raise DataError(f"traffic {unknown!r} is not among the schema's traffics; add it and prepare again")
         found: IntArray = positions.to_numpy(zero_copy_only=False).astype(np.int64)
         return found
+
+
+def _tensor(values: npt.NDArray[Any] | None, start: int, stop: int) -> torch.Tensor | None:
+    return None if values is None else torch.from_numpy(values[start:stop])
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:

@@ -19,7 +19,18 @@ import pyarrow as pa
 from rayfm.config import DataError
 from rayfm.data.batch import Batch
 from rayfm.data.encode import EncodedChunk, Encoder
-from rayfm.data.steps import KIND, STEP, SUPERVISION, SUPERVISION_MASK, LaneCache, ReadPlan, count_steps, read_steps
+from rayfm.data.steps import (
+    KIND,
+    REPRESENTATION,
+    REPRESENTATION_MASK,
+    STEP,
+    SUPERVISION,
+    SUPERVISION_MASK,
+    LaneCache,
+    ReadPlan,
+    count_steps,
+    read_steps,
+)
 
 if TYPE_CHECKING:
     import ray.data
@@ -82,8 +93,16 @@ class ArrowReader:
 
         def load(first: int) -> tuple[EncodedChunk, npt.NDArray[np.int64], int, int]:
             last = min(total, first + size)
-            table, step, kind, values, mask = read_steps(self.plan, self._cache, period, lanes, first, last)
-            return self.encoder.encode(table, kind, values, mask), step, first, last
+            rows = read_steps(self.plan, self._cache, period, lanes, first, last)
+            chunk = self.encoder.encode(
+                rows.table,
+                rows.kind,
+                rows.supervision,
+                rows.supervision_mask,
+                rows.representation,
+                rows.representation_mask,
+            )
+            return chunk, rows.step, first, last
 
         for chunk, step, first, last in prefetch(load, range(start, total, size)):
             yield from cut(self.encoder, chunk, step, first, last)
@@ -144,15 +163,18 @@ class RayDataReader:
             def __call__(self, block: pa.Table) -> pa.Table:
                 position = block["span"][0].as_py()
                 period, first, last = spans[position]
-                table, step, kind, values, mask = read_steps(
-                    plan, self.cache, period, rank_lanes(lanes[position], rank, world), first, last
+                rows = read_steps(plan, self.cache, period, rank_lanes(lanes[position], rank, world), first, last)
+                table = (
+                    rows.table.append_column(STEP, pa.array(rows.step))
+                    .append_column(KIND, pa.array(rows.kind))
+                    .append_column(SUPERVISION, _matrix(rows.supervision))
+                    .append_column(SUPERVISION_MASK, _matrix(rows.supervision_mask.astype(np.uint8)))
                 )
-                return (
-                    table.append_column(STEP, pa.array(step))
-                    .append_column(KIND, pa.array(kind))
-                    .append_column(SUPERVISION, _matrix(values))
-                    .append_column(SUPERVISION_MASK, _matrix(mask.astype(np.uint8)))
-                )
+                if rows.representation is not None and rows.representation_mask is not None:
+                    table = table.append_column(REPRESENTATION, _matrix(rows.representation)).append_column(
+                        REPRESENTATION_MASK, _matrix(rows.representation_mask.astype(np.uint8))
+                    )
+                return table
 
         read = ReadSpan()
         with quiet_ray_data(ordered=True):
@@ -168,7 +190,7 @@ class RayDataReader:
             yield span, block
 
     def batches(self, period: str, start: int = 0) -> Iterator[Batch]:
-        total = self.steps(period)
+        plan, total = self.plan, self.steps(period)
         while start < total:
             (found, first, last), table = next(self._blocks)
             if (found, first) != (period, start):
@@ -176,11 +198,16 @@ class RayDataReader:
                     f"periods must be read in order: step {start} of {period} was asked for, step {first} of "
                     f"{found} is next; start a reader at the period wanted"
                 )
-            width = len(self.plan.supervision)
+            width = len(plan.supervision)
             rows = table.num_rows
             values = _column(table, SUPERVISION).reshape(rows, width)
             mask = _column(table, SUPERVISION_MASK).reshape(rows, width).astype(np.bool_)
-            chunk = self.encoder.encode(table, _column(table, KIND), values, mask)
+            representation = representation_mask = None
+            if plan.representations:
+                representation = _column(table, REPRESENTATION).reshape(rows, sum(w for _, w in plan.representations))
+                shape = (rows, len(plan.representations))
+                representation_mask = _column(table, REPRESENTATION_MASK).reshape(shape).astype(np.bool_)
+            chunk = self.encoder.encode(table, _column(table, KIND), values, mask, representation, representation_mask)
             yield from cut(self.encoder, chunk, _column(table, STEP), first, last)
             start = last
         if period == self.periods[-1]:

@@ -8,8 +8,9 @@ Nothing here knows how many workers there are.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,7 @@ CONSIDERATION_SALT = 0x5EED
 """Salt of the hash that samples considerations."""
 
 STEP, KIND, SUPERVISION, SUPERVISION_MASK = "__step", "__kind", "__supervision", "__supervision_mask"
+REPRESENTATION, REPRESENTATION_MASK = "__representation", "__representation_mask"
 
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
@@ -45,6 +47,21 @@ class Lookup(Protocol):
         ...
 
 
+class RepresentationLookup(Protocol):
+    """Stored representations by place: what the label store knows about rows of a lane beside the predictions."""
+
+    name: str
+    """As in ``Batch.representation_widths``."""
+    width: int
+    """R."""
+
+    def vectors(
+        self, period: str, kind: Kind, lane: int, start: int, stop: int, ids: npt.NDArray[np.int64]
+    ) -> tuple[Float32, Bool]:
+        """Values ``[stop - start, R]`` (0 where there is none) and mask ``[stop - start]``, as `Lookup.rows`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class ReadPlan:
     """What a reader reads, apart from which rank it is."""
@@ -58,6 +75,9 @@ class ReadPlan:
     lookups: tuple[Lookup, ...] = ()
     consideration_share: float = 0.0
     """Share of the considerations to read, chosen by a hash of the example id."""
+    representations: tuple[tuple[str, int], ...] = ()
+    """Name and width of the stored representations to read; one that no look-up has is masked."""
+    representation_lookups: tuple[RepresentationLookup, ...] = ()
 
     def rows_per_lane(self, lanes: int) -> int:
         if self.batch_size % lanes:
@@ -156,19 +176,30 @@ class LaneCache:
         return pa.concat_tables(held.values()).slice(start - first, stop - start)
 
 
-def read_steps(
-    plan: ReadPlan, cache: LaneCache, period: str, lanes: Sequence[int], first: int, last: int
-) -> tuple[pa.Table, npt.NDArray[np.int64], npt.NDArray[np.int64], Float32, Bool]:
-    """The rows of ``lanes`` for steps ``[first, last)``, in step order.
+@dataclasses.dataclass(frozen=True)
+class StepRows:
+    """Rows of consecutive steps, in step order.
 
-    Returns:
-        The table (N rows), step ``[N]``, kind ``[N]``, supervision ``[N, S]`` and its mask.
+    Shape letters: N rows, S supervision columns, V stored representations, R their width.
     """
-    pieces: list[pa.Table] = []
-    steps: list[npt.NDArray[np.int64]] = []
-    kinds: list[npt.NDArray[np.int64]] = []
-    values: list[Float32] = []
-    masks: list[Bool] = []
+
+    table: pa.Table
+    step: npt.NDArray[np.int64]
+    """``[N]``; rises."""
+    kind: npt.NDArray[np.int64]
+    """``[N]``"""
+    supervision: Float32
+    """``[N, S]``"""
+    supervision_mask: Bool
+    representation: Float32 | None
+    """``[N, sum of R]``; None where the plan reads none."""
+    representation_mask: Bool | None
+    """``[N, V]``"""
+
+
+def read_steps(plan: ReadPlan, cache: LaneCache, period: str, lanes: Sequence[int], first: int, last: int) -> StepRows:
+    """The rows of ``lanes`` for steps ``[first, last)``."""
+    pieces: list[_Piece] = []
     for lane in lanes:
         boundaries = cache.steps(period, lane)
         per_step = boundaries.per_step
@@ -177,60 +208,95 @@ def read_steps(
         if stop > start:
             rows = np.arange(start, stop)
             table = cache.read(period, "impression", lane, start, stop)
-            value, mask = _supervision(plan, table, period, "impression", lane, rows)
-            pieces.append(table)
-            steps.append(rows // per_step)
-            kinds.append(np.full(len(rows), IMPRESSION, np.int64))
-            values.append(value)
-            masks.append(mask)
+            pieces.append(_Piece(plan, table, period, "impression", lane, rows, rows // per_step))
         chosen = slice(*np.searchsorted(boundaries.consideration_steps, [first, last], "left"))
         rows = boundaries.considerations[chosen]
         if len(rows):
             table = cache.read(period, "consideration", lane, int(rows[0]), int(rows[-1]) + 1)
             if len(rows) < table.num_rows:
                 table = table.take(pa.array(rows - rows[0]))
-            value, mask = _supervision(plan, table, period, "consideration", lane, rows)
-            pieces.append(table)
-            steps.append(boundaries.consideration_steps[chosen])
-            kinds.append(np.full(len(rows), CONSIDERATION, np.int64))
-            values.append(value)
-            masks.append(mask)
+            pieces.append(
+                _Piece(plan, table, period, "consideration", lane, rows, boundaries.consideration_steps[chosen])
+            )
     if not pieces:
         table = plan.store.open_lane(period, "impression", 0).schema_arrow.empty_table()
         none = np.zeros(0, np.int64)
         shape = (0, len(plan.supervision))
-        return table, none, none, np.zeros(shape, np.float32), np.zeros(shape, np.bool_)
-    step = np.concatenate(steps)
+        values, mask = np.zeros(shape, np.float32), np.zeros(shape, np.bool_)
+        return StepRows(table, none, none, values, mask, *_representation(plan, [], none))
+    step = np.concatenate([piece.step for piece in pieces])
     order = np.argsort(step, kind="stable")
-    table = pa.concat_tables(pieces, promote_options="default").take(pa.array(order))
-    return (
-        table,
-        step[order],
-        np.concatenate(kinds)[order],
-        np.concatenate(values)[order],
-        np.concatenate(masks)[order],
+    supervision = [_supervision(plan, piece) for piece in pieces]
+    representation, representation_mask = _representation(plan, pieces, order)
+    kinds = [
+        np.full(len(piece.rows), IMPRESSION if piece.kind == "impression" else CONSIDERATION, np.int64)
+        for piece in pieces
+    ]
+    return StepRows(
+        table=pa.concat_tables([piece.table for piece in pieces], promote_options="default").take(pa.array(order)),
+        step=step[order],
+        kind=np.concatenate(kinds)[order],
+        supervision=np.concatenate([values for values, _ in supervision])[order],
+        supervision_mask=np.concatenate([mask for _, mask in supervision])[order],
+        representation=representation,
+        representation_mask=representation_mask,
     )
 
 
-def _supervision(
-    plan: ReadPlan, table: pa.Table, period: str, kind: Kind, lane: int, rows: npt.NDArray[np.int64]
-) -> tuple[Float32, Bool]:
-    values = np.zeros((len(rows), len(plan.supervision)), np.float32)
-    mask = np.zeros((len(rows), len(plan.supervision)), np.bool_)
-    if not plan.supervision:
-        return values, mask
-    ids = table[EXAMPLE_ID].to_numpy()
-    start, stop = int(rows[0]), int(rows[-1]) + 1
+class _Piece:
+    """Rows of one lane, and the run of consecutive rows around them, which is what look-ups are asked for.
+
+    Args:
+        plan: what is read.
+        table: the rows' columns.
+        period, kind, lane: where they lie.
+        rows: their positions in the lane; rise.
+        step: the step of each.
+    """
+
+    def __init__(
+        self,
+        plan: ReadPlan,
+        table: pa.Table,
+        period: str,
+        kind: Kind,
+        lane: int,
+        rows: npt.NDArray[np.int64],
+        step: npt.NDArray[np.int64],
+    ) -> None:
+        self.plan, self.table, self.rows, self.step = plan, table, rows, step
+        self.period, self.kind, self.lane = period, kind, lane
+        self.start, self.stop = int(rows[0]), int(rows[-1]) + 1
+
+    @functools.cached_property
+    def run_ids(self) -> npt.NDArray[np.int64]:
+        """Example ids of rows ``[start, stop)``."""
+        if self.whole:
+            ids: npt.NDArray[np.int64] = self.table[EXAMPLE_ID].to_numpy()
+            return ids
+        return _read_column(self.plan.store, self.period, self.kind, self.lane, EXAMPLE_ID)[self.start : self.stop]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the run has no other rows."""
+        return self.stop - self.start == len(self.rows)
+
+    def ask(self, call: Callable[..., tuple[Float32, Bool]]) -> tuple[Float32, Bool]:
+        """What a look-up's method says of the rows."""
+        values, mask = call(self.period, self.kind, self.lane, self.start, self.stop, self.run_ids)
+        return (values, mask) if self.whole else (values[self.rows - self.start], mask[self.rows - self.start])
+
+
+def _supervision(plan: ReadPlan, piece: _Piece) -> tuple[Float32, Bool]:
+    """Values ``[n, S]`` and mask of a piece's rows."""
+    table = piece.table
+    values = np.zeros((len(piece.rows), len(plan.supervision)), np.float32)
+    mask = np.zeros((len(piece.rows), len(plan.supervision)), np.bool_)
     found: dict[str, tuple[Float32, Bool]] = {}
     for lookup in plan.lookups:
         if not set(lookup.columns) & set(plan.supervision):
             continue
-        if stop - start == len(rows):
-            value, known = lookup.rows(period, kind, lane, start, stop, ids)
-        else:
-            every = _read_column(plan.store, period, kind, lane, EXAMPLE_ID)[start:stop]
-            value, known = lookup.rows(period, kind, lane, start, stop, every)
-            value, known = value[rows - start], known[rows - start]
+        value, known = piece.ask(lookup.rows)
         found |= {name: (value[:, i], known[:, i]) for i, name in enumerate(lookup.columns)}
     for position, name in enumerate(plan.supervision):
         if name in found:
@@ -239,6 +305,35 @@ def _supervision(
             column = table[name].combine_chunks()
             mask[:, position] = column.is_valid().to_numpy(zero_copy_only=False)
             values[:, position] = pc.fill_null(column, pa.scalar(0.0, column.type)).to_numpy(zero_copy_only=False)
+    return values, mask
+
+
+def _representation(
+    plan: ReadPlan, pieces: Sequence[_Piece], order: npt.NDArray[np.int64]
+) -> tuple[Float32 | None, Bool | None]:
+    """Values ``[N, sum of R]`` and mask ``[N, V]`` of the pieces' rows in ``order``.
+
+    The look-ups answer with views of what Arrow read, and each row is copied once, to its place: representations are
+    wide.
+    """
+    if not plan.representations:
+        return None, None
+    rows = len(order)
+    values = np.zeros((rows, sum(width for _, width in plan.representations)), np.float32)
+    mask = np.zeros((rows, len(plan.representations)), np.bool_)
+    place = np.empty(rows, np.int64)
+    place[order] = np.arange(rows)
+    lookups = {(lookup.name, lookup.width): lookup for lookup in plan.representation_lookups}
+    first = 0
+    for piece in pieces:
+        target = place[first : first + len(piece.rows)]
+        first += len(piece.rows)
+        column = 0
+        for position, (name, width) in enumerate(plan.representations):
+            lookup = lookups.get((name, width))
+            if lookup is not None:
+                values[target, column : column + width], mask[target, position] = piece.ask(lookup.vectors)
+            column += width
     return values, mask
 
 

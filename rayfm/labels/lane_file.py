@@ -38,6 +38,9 @@ from rayfm.schema import KINDS, Kind, Task
 ROW_GROUP_ROWS = 32_768
 """Rows that a look-up reads at once."""
 
+ROW_GROUP_BYTES = 4 << 20
+"""What the representations of those rows may take: a look-up holds some row groups of each of its lanes."""
+
 
 class LaneRecord(Config):
     """What a worker wrote: plain values, for the driver to commit."""
@@ -82,12 +85,12 @@ def write_lane_file(
         period, kind, lane: the lane.
         labels: ``example_id`` (int64); a floating column per task, called as the task, null where there is no
             prediction; optional ``row`` (int64, the position in the lane; by default 0, 1, ...), optional
-            ``representation`` (a fixed-size list of floats).
+            ``representation`` (a fixed-size list of floats, null where there is none).
         tasks: what the teacher predicts.
 
     Raises:
-        LabelError: a leak; a column is missing or of another type; a prediction is NaN, infinite or, for a binary task,
-            not in [0, 1]; a position is negative or stands twice; the folder cannot be written.
+        LabelError: a leak; a column is missing or of another type; a prediction or representation is NaN, infinite
+            or, for a binary task, not in [0, 1]; a position is negative or stands twice; the folder cannot be written.
     """
     check_part("teacher", teacher), check_part("version", version), check_part("period", period)
     check_leak(teacher, version, trained_through, period)
@@ -106,7 +109,7 @@ def write_lane_file(
         raise LabelError(f"{where}: no tasks; name what the teacher predicts")
     columns |= {task_column(task.name): _predictions(where, table, task) for task in tasks}
     if REPRESENTATION in table.column_names:
-        columns[REPRESENTATION] = _representation(where, table[REPRESENTATION])
+        columns[REPRESENTATION] = _representation(where, table)
     data = pa.table(columns)
     relative = f"{TEACHER}={teacher}/{PERIOD}={period}/{version}-{kind}-lane-{lane:05d}-{uuid.uuid4().hex[:16]}.parquet"
     size, modified_ms = _write(Path(root) / "labels" / relative, data)
@@ -177,11 +180,25 @@ def _predictions(where: str, table: pa.Table, task: Task) -> pa.ChunkedArray:
     return column
 
 
-def _representation(where: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _representation(where: str, table: pa.Table) -> pa.ChunkedArray:
+    """The representations as float32, refused unless each is null or finite."""
+    column = table[REPRESENTATION]
     kind = column.type
     if not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type):
         raise LabelError(f"{where}: column {REPRESENTATION!r} is {kind}; give a fixed-size list of floats")
+    good = pc.is_finite(pc.list_flatten(column))
+    if not pc.all(pc.fill_null(good, False), min_count=0).as_py():
+        row = pc.index(pc.fill_null(good, False), False).as_py() // kind.list_size
+        row = table[ROW].filter(column.is_valid())[row]
+        raise LabelError(f"{where}: row {row}: its {REPRESENTATION} is not finite; fix the teacher")
     return column.cast(pa.list_(pa.float32(), kind.list_size))
+
+
+def _row_group_rows(data: pa.Table) -> int:
+    if REPRESENTATION not in data.column_names:
+        return ROW_GROUP_ROWS
+    width = int(data[REPRESENTATION].type.list_size)
+    return max(1024, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // (4 * width)))
 
 
 def _write(path: Path, data: pa.Table) -> tuple[int, int]:
@@ -194,7 +211,7 @@ def _write(path: Path, data: pa.Table) -> tuple[int, int]:
                 pq.write_table(
                     data,
                     file,
-                    row_group_size=ROW_GROUP_ROWS,
+                    row_group_size=_row_group_rows(data),
                     compression="zstd",
                     use_dictionary=[VERSION, KIND, LANE],
                 )

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from rayfm.config import LabelError
-from rayfm.labels.columns import EXAMPLE_ID, KIND, LANE, ROW, TASK_PREFIX, VERSION, task_column
+from rayfm.data.conform import one_array
+from rayfm.labels.columns import EXAMPLE_ID, KIND, LANE, REPRESENTATION, ROW, TASK_PREFIX, VERSION, task_column
 from rayfm.labels.index import LabelFile, label_files
 from rayfm.labels.pins import Pin
 from rayfm.labels.store import LabelStore
@@ -38,7 +39,7 @@ KEPT_GROUPS = 2
 
 @dataclasses.dataclass(frozen=True)
 class LabelRows:
-    """Labels in the order of their positions. Shape letters: N labels, S tasks."""
+    """Labels in the order of their positions. Shape letters: N labels, S tasks, R width of the representation."""
 
     row: Int64
     example_id: Int64
@@ -47,6 +48,33 @@ class LabelRows:
 
     mask: Bool
     """``[N, S]``."""
+
+    vectors: Float32
+    """``[N, R]``, 0 where there is none; R is 0 where none is asked for."""
+
+    vector_mask: Bool
+    """``[N]``."""
+
+    @classmethod
+    def empty(cls, tasks: int, width: int, rows: int = 0) -> LabelRows:
+        """Rows without anything."""
+        return cls(
+            np.zeros(rows, np.int64),
+            np.zeros(rows, np.int64),
+            np.zeros((rows, tasks), np.float32),
+            np.zeros((rows, tasks), np.bool_),
+            np.zeros((rows, width), np.float32),
+            np.zeros(rows, np.bool_),
+        )
+
+    def take(self, rows: slice | Int64 | Bool) -> LabelRows:
+        """Some of the rows; a slice makes views."""
+        return LabelRows(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+
+    def put(self, rows: Int64, others: LabelRows) -> None:
+        """Write what ``others`` say to ``rows``."""
+        for name in ("values", "mask", "vectors", "vector_mask"):
+            getattr(self, name)[rows] = getattr(others, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +97,21 @@ class LaneLabels:
         version, kind, lane: which rows of the files are meant.
         tasks: the columns of the answers.
         name: for messages.
+        width: R, the width of the representations to read; 0 reads none.
     """
 
     def __init__(
-        self, files: Sequence[Path], version: str, kind: Kind, lane: int, tasks: tuple[str, ...], name: str
+        self,
+        files: Sequence[Path],
+        version: str,
+        kind: Kind,
+        lane: int,
+        tasks: tuple[str, ...],
+        name: str,
+        width: int = 0,
     ) -> None:
         self.version, self.kind, self.lane, self.tasks, self.name = version, kind, lane, tasks, name
+        self.width = width
         self._groups = sorted(
             (group for path in files for group in self._row_groups(path)), key=lambda group: (group.low, group.high)
         )
@@ -91,18 +128,30 @@ class LaneLabels:
         Raises:
             LabelError: a data file is missing, corrupt, or says two things about one row.
         """
+        found = self._of(start, stop, example_ids)
+        return found.values, found.mask
+
+    def vectors(self, start: int, stop: int, example_ids: Int64) -> tuple[Float32, Bool]:
+        """Representations ``[n, R]`` (0 where there is none) and mask ``[n]``, as `rows`.
+
+        Raises:
+            LabelError: as `rows`; or representations are not stored, or of another width.
+        """
+        found = self._of(start, stop, example_ids)
+        return found.vectors, found.vector_mask
+
+    def _of(self, start: int, stop: int, example_ids: Int64) -> LabelRows:
+        """What is known of rows ``[start, stop)``, in that order: views where the positions agree."""
         if len(example_ids) != stop - start:
             raise ValueError(f"{len(example_ids)} ids for rows [{start}, {stop})")
         found = self._between(start, stop)
         if len(found.row) == stop - start and np.array_equal(found.example_id, example_ids):
-            return found.values, found.mask
-        count = stop - start
-        values = np.zeros((count, len(self.tasks)), np.float32)
-        mask = np.zeros((count, len(self.tasks)), np.bool_)
-        placed = np.zeros(count, np.bool_)
+            return found
+        answer = LabelRows.empty(len(self.tasks), self.width, stop - start)
+        placed = np.zeros(stop - start, np.bool_)
         place = found.row - start
         agree = found.example_id == example_ids[place]
-        values[place[agree]], mask[place[agree]] = found.values[agree], found.mask[agree]
+        answer.put(place[agree], found.take(agree))
         placed[place[agree]] = True
         rest = np.flatnonzero(~placed)
         order, lane = self._joined()
@@ -110,9 +159,8 @@ class LaneLabels:
             sorted_ids = lane.example_id[order]
             at = np.minimum(np.searchsorted(sorted_ids, example_ids[rest]), len(order) - 1)
             hit = sorted_ids[at] == example_ids[rest]
-            source = order[at[hit]]
-            values[rest[hit]], mask[rest[hit]] = lane.values[source], lane.mask[source]
-        return values, mask
+            answer.put(rest[hit], lane.take(order[at[hit]]))
+        return answer
 
     def _row_groups(self, path: Path) -> list[_RowGroup]:
         """The row groups of a file that may hold rows of the lane."""
@@ -122,6 +170,8 @@ class LaneLabels:
                 if task_column(task) not in names:
                     known = ", ".join(name.removeprefix(TASK_PREFIX) for name in names if name.startswith(TASK_PREFIX))
                     raise LabelError(f"{self.name}: no predictions of task {task!r}; there are: {known}")
+            if self.width and REPRESENTATION not in names:
+                raise self._no_representation()
             wanted = {VERSION: self.version, KIND: self.kind, LANE: self.lane}
             found = []
             for index in range(file.metadata.num_row_groups):
@@ -140,9 +190,7 @@ class LaneLabels:
         cut = []
         for part in parts:
             low, high = np.searchsorted(part.row, (start, stop))
-            cut.append(
-                LabelRows(part.row[low:high], part.example_id[low:high], part.values[low:high], part.mask[low:high])
-            )
+            cut.append(part.take(slice(low, high)))
         return self._merged(cut)
 
     def _joined(self) -> tuple[Int64, LabelRows]:
@@ -154,13 +202,7 @@ class LaneLabels:
 
     def _merged(self, parts: Sequence[LabelRows]) -> LabelRows:
         if not parts:
-            width = len(self.tasks)
-            return LabelRows(
-                np.zeros(0, np.int64),
-                np.zeros(0, np.int64),
-                np.zeros((0, width), np.float32),
-                np.zeros((0, width), bool),
-            )
+            return LabelRows.empty(len(self.tasks), self.width)
         merged = parts[0]
         if len(parts) > 1:
             fields = [field.name for field in dataclasses.fields(LabelRows)]
@@ -168,7 +210,7 @@ class LaneLabels:
         if (np.diff(merged.row) > 0).all():
             return merged
         order = np.argsort(merged.row, kind="stable")
-        merged = LabelRows(merged.row[order], merged.example_id[order], merged.values[order], merged.mask[order])
+        merged = merged.take(order)
         twice = np.flatnonzero(np.diff(merged.row) == 0)
         if len(twice):
             raise LabelError(
@@ -184,6 +226,7 @@ class LaneLabels:
 
     def _load(self, group: _RowGroup) -> LabelRows:
         columns = [ROW, EXAMPLE_ID, *map(task_column, self.tasks), *((VERSION, KIND, LANE) if group.mixed else ())]
+        columns += [REPRESENTATION] if self.width else []
         with _open(group.path) as file:
             try:
                 table = file.read_row_group(group.index, columns=columns, use_threads=False)
@@ -195,16 +238,44 @@ class LaneLabels:
                 pc.equal(table[LANE], self.lane),
             )
             table = table.filter(ours)
-        columns_of_tasks = [table[task_column(task)] for task in self.tasks]
-        loaded = LabelRows(
-            table[ROW].to_numpy(),
-            table[EXAMPLE_ID].to_numpy(),
-            np.stack([pc.fill_null(column, 0.0).to_numpy() for column in columns_of_tasks], 1),
-            np.stack([column.is_valid().to_numpy() for column in columns_of_tasks], 1),
-        )
-        for array in (loaded.values, loaded.mask):
+        empty = LabelRows.empty(len(self.tasks), self.width, table.num_rows)
+        values, mask, vectors, vector_mask = empty.values, empty.mask, empty.vectors, empty.vector_mask
+        if self.tasks:
+            columns_of_tasks = [table[task_column(task)] for task in self.tasks]
+            values = np.stack([pc.fill_null(column, 0.0).to_numpy() for column in columns_of_tasks], 1)
+            mask = np.stack([column.is_valid().to_numpy() for column in columns_of_tasks], 1)
+        if self.width:
+            vectors, vector_mask = self._representations(one_array(table[REPRESENTATION]))
+        for array in (values, mask, vectors, vector_mask):
             array.setflags(write=False)  # answers are views of them
-        return self._merged([loaded])
+        rows, ids = table[ROW].to_numpy(), table[EXAMPLE_ID].to_numpy()
+        return self._merged([LabelRows(rows, ids, values, mask, vectors, vector_mask)])
+
+    def _representations(self, column: pa.Array) -> tuple[Float32, Bool]:
+        """``[N, R]`` and mask ``[N]``: without a copy where every row has one."""
+        known: Bool = column.is_valid().to_numpy(zero_copy_only=False)
+        flat: Float32 = column.flatten().to_numpy(zero_copy_only=False)  # leaves out what stands behind a null
+        if len(known) and not known.any():
+            raise self._no_representation()
+        # A compacted file has lists of any length in place of fixed-size ones.
+        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)[known]
+        if (lengths != self.width).any():
+            raise LabelError(
+                f"{self.name}: its representations have width {int(lengths[lengths != self.width][0])}, not "
+                f"{self.width}; give the objective the teacher's own width"
+            )
+        stored = flat.reshape(-1, self.width)
+        if known.all():
+            return stored, known
+        vectors = np.zeros((len(known), self.width), np.float32)
+        vectors[known] = stored
+        return vectors, known
+
+    def _no_representation(self) -> LabelError:
+        return LabelError(
+            f"{self.name}: no representations are stored; set the teacher's 'store_representation: true', and label "
+            "the period with a newer version, or again once this one's labels are expired"
+        )
 
 
 class LabelLookup:
@@ -217,16 +288,23 @@ class LabelLookup:
         source: a pin; or the store's root and a table version (None: the newest now).
         teacher, version: whose labels.
         tasks: which predictions.
+        width: R, to look up representations too; 0 for none.
 
     Attributes:
         columns: ``<teacher>/<task>`` for each task.
+        name: the teacher's, by which a batch knows its representation.
 
     Raises:
         LabelError: no such table version, or a pin of another teacher or version.
     """
 
     def __init__(
-        self, source: Pin | tuple[str | Path, int | None], teacher: str, version: str, tasks: Sequence[str]
+        self,
+        source: Pin | tuple[str | Path, int | None],
+        teacher: str,
+        version: str,
+        tasks: Sequence[str],
+        width: int = 0,
     ) -> None:
         if isinstance(source, Pin):
             if (source.teacher, source.version) != (teacher, version):
@@ -237,7 +315,7 @@ class LabelLookup:
             number: int | None = source.table_version
         else:
             root, number = Path(source[0]), source[1]
-        if not tasks:
+        if not tasks and not width:
             raise LabelError(f"no tasks of {teacher}@{version} to look up; name some")
         table = LabelStore(root).open(number)
         if table is None:
@@ -245,6 +323,7 @@ class LabelLookup:
         self.root, self.teacher, self.version, self.tasks = root, teacher, version, tuple(tasks)
         self.table_version: int = table.version()
         self.columns = tuple(f"{teacher}/{task}" for task in tasks)
+        self.name, self.width = teacher, width
         self._files = self._by_period(table)
         self._lanes: dict[tuple[str, Kind, int], LaneLabels] = {}
         self._lock = threading.Lock()
@@ -271,7 +350,7 @@ class LabelLookup:
             if file.may_hold(self.version, kind, lane)
         ]
         name = f"labels of {self.teacher}@{self.version} for {period}/{kind}/lane {lane}"
-        return LaneLabels(files, self.version, kind, lane, self.tasks, name)
+        return LaneLabels(files, self.version, kind, lane, self.tasks, name, self.width)
 
     def rows(self, period: str, kind: Kind, lane: int, start: int, stop: int, ids: Int64) -> tuple[Float32, Bool]:
         """Values ``[n, S]`` and mask ``[n, S]`` of rows ``[start, stop)`` of a lane whose example ids are ``ids``.
@@ -279,12 +358,20 @@ class LabelLookup:
         Lanes stay open until another period is asked for: reads go through the periods in order.
         """
         with self._lock:
-            key = (period, kind, lane)
-            if key not in self._lanes:
-                if any(known != period for known, _, _ in self._lanes):
-                    self._lanes.clear()
-                self._lanes[key] = self.lane(period, kind, lane)
-            return self._lanes[key].rows(start, stop, ids)
+            return self._lane(period, kind, lane).rows(start, stop, ids)
+
+    def vectors(self, period: str, kind: Kind, lane: int, start: int, stop: int, ids: Int64) -> tuple[Float32, Bool]:
+        """Representations ``[n, R]`` and mask ``[n]``, as `rows`; views of what was read, where that is possible."""
+        with self._lock:
+            return self._lane(period, kind, lane).vectors(start, stop, ids)
+
+    def _lane(self, period: str, kind: Kind, lane: int) -> LaneLabels:
+        key = (period, kind, lane)
+        if key not in self._lanes:
+            if any(known != period for known, _, _ in self._lanes):
+                self._lanes.clear()
+            self._lanes[key] = self.lane(period, kind, lane)
+        return self._lanes[key]
 
 
 def _open(path: Path) -> pq.ParquetFile:

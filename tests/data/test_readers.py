@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from example_store import IdLookup, every_feature_schema, write_store
+from example_store import IdLookup, IdVectors, every_feature_schema, write_store
 
 from rayfm.config import ConfigError, DataError
 from rayfm.data import reader as reader_module
@@ -21,6 +21,7 @@ from rayfm.data.store import ExampleStore
 from rayfm.schema import string_ids, table_rows
 
 SUPERVISION = ("teacher/click", "logged/ranking/click")
+REPRESENTATIONS = (("teacher", 2), ("absent", 3))
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(store: ExampleStore, share: float = 0.5, **kwargs) -> tuple[ReadPlan, Encoder]:
-    encoder = Encoder(every_feature_schema(), supervision=SUPERVISION)
+    encoder = Encoder(every_feature_schema(), supervision=SUPERVISION, representations=REPRESENTATIONS)
     columns = (*encoder.columns, "user_id", "request_id", "logged/ranking/click")
-    plan = ReadPlan(store, columns, 64, SUPERVISION, (IdLookup(),), share, **kwargs)
+    plan = ReadPlan(store, columns, 64, SUPERVISION, (IdLookup(),), share, REPRESENTATIONS, (IdVectors(),), **kwargs)
     return plan, encoder
 
 
@@ -68,6 +69,8 @@ def rows_of(batch: Batch) -> dict[int, tuple]:
             batch.label_mask[i].tolist(),
             batch.supervision[i].tolist(),
             batch.supervision_mask[i].tolist(),
+            batch.representation[i].tolist(),
+            batch.representation_mask[i].tolist(),
             {key: dense[i].tolist() for key, dense in jagged},
             int(batch.user[i]),
             int(batch.group[i]),
@@ -135,6 +138,33 @@ def test_supervision_comes_from_lookups_and_logged_columns(store: ExampleStore) 
         assert bool(known.any())
         assert not bool(known.all())
         assert bool((logged[~known] == 0).all())
+
+
+def test_representations_come_from_lookups(store: ExampleStore) -> None:
+    plan, encoder = make(store)
+    seen = 0
+    for batch in ArrowReader(plan, encoder).batches("2024-01-01"):
+        values, mask = batch.represented("teacher")
+        ids = batch.example_id
+        assert torch.equal(mask, ids % 5 != 0)
+        assert torch.equal(values, torch.stack([ids % 100, ids % 9], 1).float())
+        values, mask = batch.represented("absent")
+        assert values.shape == (len(batch), 3)
+        assert not bool(mask.any() or values.any()), "what no look-up has is masked"
+        seen += int((batch.kind == 1).sum())
+    assert seen > 200, "considerations have them too"
+    with pytest.raises(ValueError, match="no representation 'fm'"):
+        batch.represented("fm")
+    moved = batch.to(torch.device("cpu"), non_blocking=True)
+    assert torch.equal(moved.represented("teacher")[0], batch.represented("teacher")[0])
+    assert batch.to(torch.device("meta")).representation_mask.device.type == "meta"
+
+
+def test_a_reader_without_representations_makes_none(store: ExampleStore) -> None:
+    encoder = Encoder(every_feature_schema())
+    batch = next(ArrowReader(ReadPlan(store, tuple(encoder.columns), 64), encoder).batches("2024-01-01"))
+    assert (batch.representation, batch.representation_mask) == (None, None)
+    assert batch.to(torch.device("cpu")).representation is None
 
 
 def test_encoding_against_plain_python(store: ExampleStore) -> None:
