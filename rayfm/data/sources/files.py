@@ -13,6 +13,9 @@ import pyarrow.parquet as pq
 
 from rayfm.config import DataError
 
+NULLS = ["", "nan", "NaN", "NULL", "null", "None"]
+"""How logs write a missing value."""
+
 
 def list_files(path: str, expand: bool = True, suffix: str = ".parquet") -> tuple[pafs.FileSystem, list[str]]:
     """The filesystem of ``path`` and the files it stands for, sorted by path.

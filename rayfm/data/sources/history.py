@@ -31,7 +31,7 @@ class Clock:
 
     @classmethod
     def of(cls, users: Int64, times: Int64) -> Clock:
-        return cls(np.unique(users), int(times.min(initial=np.iinfo(np.int64).max)))
+        return cls(np.unique(users), int(times.min()) if len(times) else 0)
 
     def keys(self, users: Int64, times: Int64) -> Int64:
         """Keys of pairs ``[N]``; a time before the origin counts as one just before it, a user must be known."""

@@ -14,7 +14,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from rayfm.config import Config, DataError, nearest
-from rayfm.data.sources.files import first_line, parquet_errors, text_errors
+from rayfm.data.sources.files import NULLS, first_line, parquet_errors, text_errors
 
 STANDARD_LOGS = ("log_standard_4_08_to_4_21_pure", "log_standard_4_22_to_5_08_pure")
 TAIL_LOG = "log_standard_4_25_to_5_08_pure"
@@ -27,8 +27,6 @@ CSV_ROW_BYTES = 75
 """Bytes of a log's CSV line, to guess its rows."""
 
 BLOCK_BYTES = 8 << 20
-
-NULLS = ["", "nan", "NaN", "NULL", "null", "None"]
 
 
 class LogFile(Config):
