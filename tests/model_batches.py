@@ -31,7 +31,9 @@ SCHEMA = Schema(
 SIZES: dict[str, dict[str, Any]] = {
     "dlrm": {"dense": (8,), "over": (16, 12)},
     "dcnv2": {"hidden": (16, 12)},
+    "dcn": {"hidden": (16, 12)},
     "fm": {},
+    "fmfm": {},
     "deepfm": {"hidden": (16, 12)},
     "dmin": {"interests": 2, "position_dim": 2, "attention": (8,), "hidden": (16, 12)},
     "two_tower": {"item_features": ("video", "tags", "duration"), "hidden": (16,), "vector_dim": 12},

@@ -110,8 +110,8 @@ class FactorizationTerms(nn.Module):
             DenseFactors(self.dense.num_features, num_tasks, embedding_dim) if self.dense.num_features else None
         )
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings ``[B, F, E]``, pairwise terms before their sum ``[B, E]``, linear terms ``[B, T]``."""
+    def parts(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings ``[B, F, E]``, factors of all features ``[B, F + D, E]``, linear terms ``[B, T]``."""
         embeddings_BFE = self.factors(batch)
         linear_BT = self.weights(batch)[:, :, : self.num_tasks].sum(dim=1)
         factors_BFE = embeddings_BFE
@@ -119,6 +119,11 @@ class FactorizationTerms(nn.Module):
             dense_linear_BT, dense_BDE = self.dense_factors(self.dense(batch))
             linear_BT = linear_BT + dense_linear_BT
             factors_BFE = torch.cat([embeddings_BFE, dense_BDE], dim=1)
+        return embeddings_BFE, factors_BFE, linear_BT
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings ``[B, F, E]``, pairwise terms before their sum ``[B, E]``, linear terms ``[B, T]``."""
+        embeddings_BFE, factors_BFE, linear_BT = self.parts(batch)
         return embeddings_BFE, pairwise_interactions(factors_BFE), linear_BT
 
 
@@ -153,7 +158,7 @@ class FM(Model):
 
     def __init__(
         self,
-        config: Config,
+        config: ModelConfig,
         schema: Schema,
         tasks: tuple[str, ...],
         *,
@@ -165,8 +170,12 @@ class FM(Model):
         self.heads = ProductHeads(config.embedding_dim, len(tasks))
         self.representation_dim = self.terms.factors.num_features * config.embedding_dim + self.terms.dense.num_features
 
+    def pairwise(self, factors_BFE: Tensor) -> Tensor:
+        """The pairwise terms before their sum: ``[B, F + D, E] -> [B, E]``."""
+        return pairwise_interactions(factors_BFE)
+
     def forward(self, batch: Batch) -> ModelOutput:
-        embeddings_BFE, pairwise_BE, linear_BT = self.terms(batch)
-        logits_BT = self.heads(pairwise_BE) + linear_BT
+        embeddings_BFE, factors_BFE, linear_BT = self.terms.parts(batch)
+        logits_BT = self.heads(self.pairwise(factors_BFE)) + linear_BT
         representation_BH = flat_inputs(embeddings_BFE, self.terms.dense(batch))
         return ModelOutput(representation_BH.float(), per_task(logits_BT, self.tasks))
