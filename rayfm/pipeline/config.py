@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from rayfm.config import Config, ConfigError, apply_override, nearest, read_yaml, validate
 from rayfm.data.config import DataConfig
 from rayfm.distill.base import OBJECTIVES, ObjectiveConfig
+from rayfm.distill.build import check_objectives
 from rayfm.models.base import MODELS, ModelConfig
 from rayfm.schema import LOGGED_PREFIX, Schema
 from rayfm.training.config import TrainingConfig
@@ -38,6 +39,8 @@ class TeacherConfig(Config):
     model: Annotated[ModelConfig, MODELS]
     tasks: tuple[str, ...] | None = None
     """Tasks to learn and to label; by default all of the schema's."""
+    objectives: tuple[Annotated[ObjectiveConfig, OBJECTIVES], ...] = ()
+    """Its objectives besides the tasks' own loss. They may read logged predictions, and no other teacher's labels."""
     training: TrainingConfig = TrainingConfig(reader="ray_data")
     seed: int = 0
     through: str | None = None
@@ -193,6 +196,15 @@ class PipelineConfig(Config):
                 for objective in objectives:
                     for column in objective.supervision(self.tasks_of(student)):
                         self._check_column(name, f"variant {variant!r}", column, truth=False)
+                self._check_objectives(f"{name}: variant {variant!r}", student, objectives)
+        for name, teacher in self.teachers.items():
+            for column in (c for o in teacher.objectives for c in o.supervision(self.tasks_of(teacher))):
+                if not column.startswith(LOGGED_PREFIX):
+                    raise ValueError(
+                        f"{name}: an objective of a teacher reads {column!r}; a teacher can learn from "
+                        f"'{LOGGED_PREFIX}<model>' alone, since labels are made for students"
+                    )
+            self._check_objectives(name, teacher, teacher.objectives)
         trainings = [(f"teacher {name}", teacher.training) for name, teacher in self.teachers.items()]
         for name, training in [*trainings, *((f"group {name}", group) for name, group in self.groups.items())]:
             self._check_training(name, training)
@@ -208,6 +220,14 @@ class PipelineConfig(Config):
             if size % lanes:
                 nearby = max(1, size // lanes) * lanes
                 raise ValueError(f"{owner}: {key} {size} is not a multiple of data.lanes {lanes}; take {nearby}")
+
+    def _check_objectives(
+        self, owner: str, part: TeacherConfig | StudentConfig, objectives: tuple[ObjectiveConfig, ...]
+    ) -> None:
+        try:
+            check_objectives(objectives, self.schema_, self.tasks_of(part))
+        except ConfigError as error:
+            raise ValueError(f"{owner}: {error}") from None
 
     def _check_column(self, owner: str, what: str, column: str, truth: bool) -> None:
         head, _, task = column.partition("/")

@@ -94,6 +94,7 @@ def teacher_spec(config: PipelineConfig, name: str, periods: tuple[str, ...]) ->
                 seed=teacher.seed,
                 model=teacher.model,
                 tasks=config.tasks_of(teacher),
+                objectives=teacher.objectives,
                 reference=teacher.reference,
                 calibrate=teacher.calibrate,
             ),

@@ -21,6 +21,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from rayfm.config import Config, RayfmError
 from rayfm.data.batch import Batch
 from rayfm.distill.base import OBJECTIVES, ObjectiveConfig
+from rayfm.distill.build import build_objectives
 from rayfm.models.base import MODELS, ModelConfig, ModelOutput
 from rayfm.models.build import build_model
 from rayfm.schema import Schema
@@ -48,7 +49,7 @@ class LearnerConfig(Config):
     model: Annotated[ModelConfig, MODELS]
     tasks: tuple[str, ...]
     objectives: tuple[Annotated[ObjectiveConfig, OBJECTIVES], ...] = ()
-    """Besides the tasks' own loss, which every model has."""
+    """Besides the tasks' own loss, which every model has where none of them takes its place."""
     reference: dict[str, str] = {}
     """Task -> supervision column that considerations are scored against."""
     calibrate: bool = False
@@ -95,12 +96,7 @@ class Learner:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         torch.manual_seed(config.seed)
         model = build_model(config.model, schema, config.tasks, embedding_device=torch.device("meta"))
-        supervised = OBJECTIVES["supervised"]
-        objectives = [supervised(supervised.Config(), schema, config.tasks, model.representation_dim)]
-        objectives += [
-            OBJECTIVES.build(objective, schema, config.tasks, model.representation_dim)
-            for objective in config.objectives
-        ]
+        objectives = build_objectives(config.objectives, schema, config.tasks, model.representation_dim)
         module = TrainModule(model, objectives, bf16=training.precision == "bf16")
         fuse_table_optimizers(module, training, schema.tables)
         placement = stored_placement(plan_path, module, training, self.world, write=self.rank == 0)
