@@ -155,7 +155,7 @@ def _walk(cls: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[list[str], 
             annotation, metadata = registry[str(part)].Config, []
             continue
         if get_origin(annotation) in (Union, UnionType):
-            chosen = [member for member in members if getattr(member, "__name__", None) == part]
+            chosen = [member for member in members if part in (getattr(member, "__name__", None), _tag(member))]
             annotation, metadata = (chosen or [None])[0], []
             continue
         if part == "[key]":
@@ -173,6 +173,12 @@ def _walk(cls: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[list[str], 
             fixed = get_origin(annotation) is tuple and Ellipsis not in members and isinstance(part, int)
             annotation, metadata = members[int(part) % len(members) if fixed else 0], []
     return names, known
+
+
+def _tag(member: Any) -> Any:
+    """The ``type`` that chooses a member of a union of configs."""
+    field = getattr(member, "model_fields", {}).get("type")
+    return None if field is None else field.default
 
 
 def _without_none(annotation: Any, metadata: list[Any]) -> tuple[Any, list[Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rayfm.data.batch import Batch
 from rayfm.models.base import Model, ModelConfig, ModelOutput
 from rayfm.models.embeddings import DenseFeatures, FeatureEmbeddings, flat_inputs, select_features
-from rayfm.models.heads import MultiTaskConfig, TaskHeads
+from rayfm.models.heads import MultiTask, SharedBottomConfig, TaskHeads
 from rayfm.models.mlp import MLP
 from rayfm.models.scaling import Widths
 from rayfm.schema import Feature, Schema
@@ -28,7 +28,7 @@ class DeepConfig(ModelConfig):
     """Share of an MLP layer's outputs dropped in training."""
     layer_norm: bool = False
     """Normalise each MLP layer before its ReLU."""
-    multi_task: MultiTaskConfig = MultiTaskConfig()
+    multi_task: MultiTask = SharedBottomConfig()
     """How tasks share the representation, and which task's head reads another one's logit."""
 
     def check(self, schema: Schema, tasks: tuple[str, ...]) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from rayfm.config import Config, Registry
 from rayfm.data.batch import Batch
 from rayfm.models.embeddings import select_features
+from rayfm.models.scaling import Width, scaled
 from rayfm.schema import Schema
 
 MODELS = Registry("model", "rayfm.models")
@@ -34,10 +35,23 @@ class ModelConfig(Config):
 
     features: tuple[str, ...] | None = None
     """Names of the features that the model reads; by default all of the schema's."""
-    embedding_dim: int = Field(16, gt=0, multiple_of=4)
+    embedding_dim: Width = Field(16, multiple_of=4)
     """E. The fused tables of fbgemm need a multiple of 4."""
+    scale: float = Field(1.0, gt=0, le=64)
+    """Factor of all widths: with 2 every layer and every embedding is twice as wide."""
     activation_clip: float | None = Field(None, gt=0)
     """Limit of what a ReLU gives, in training and serving; by default none. Against divergence of large models."""
+
+    @model_validator(mode="after")
+    def _can_be_scaled(self) -> ModelConfig:
+        try:
+            scaled(self)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(str(part) for part in first["loc"])
+            reason = f"{key}: {first['msg']}" if key else first["msg"].removeprefix("Value error, ")
+            raise ValueError(f"scale {self.scale:g} does not fit: {reason}; take another, or other widths") from None
+        return self
 
     def check(self, schema: Schema, tasks: tuple[str, ...]) -> None:
         """Refuse, before anything is trained, what does not fit a schema or the tasks to predict.

@@ -9,6 +9,7 @@ import torch
 from rayfm.config import ConfigError, nearest
 from rayfm.models.activations import clip_activations
 from rayfm.models.base import MODELS, Model, ModelConfig
+from rayfm.models.scaling import scaled
 from rayfm.schema import Schema
 
 
@@ -21,7 +22,7 @@ def build_model(
     embedding_device: torch.device | None = None,
     seed: int | None = None,
 ) -> Model:
-    """The model that ``config.type`` names.
+    """The model that ``config.type`` names, at the config's scale.
 
     Args:
         config: a model's config.
@@ -47,6 +48,7 @@ def build_model(
         if tasks.count(task) > 1:
             raise ConfigError(f"tasks: {task!r} stands twice; name it once")
     config.check(schema, tasks)
+    config = scaled(config)
     with contextlib.ExitStack() as stack:
         if seed is not None:
             stack.enter_context(torch.random.fork_rng())

@@ -9,7 +9,7 @@ Shape letters: B examples, H width of the representation, T tasks, X experts, W 
 from __future__ import annotations
 
 import graphlib
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -22,24 +22,15 @@ from rayfm.models.scaling import Widths
 
 
 class MultiTaskConfig(Config):
-    """What tasks share on top of the representation, and which task's logit another one reads."""
+    """Which task's logit another one reads: what every way of sharing has."""
 
-    type: Literal["shared", "mmoe"] = "shared"
-    """``shared``: every head reads the representation. ``mmoe``: each reads its own mixture of experts that do."""
-    experts: int = Field(4, ge=2)
-    """X, of ``mmoe``. A model's ``scale`` leaves it as it is."""
-    expert_hidden: Widths = Field((64,), min_length=1)
-    """Widths of each expert's layers, of ``mmoe``."""
     depends_on: dict[str, str | tuple[str, ...]] = {}
     """Task -> the task or tasks whose logit (a regression's value) its head also reads."""
     detach: bool = True
     """Stop the gradient into the logit that another head reads, so that only its own task's loss shapes it."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> MultiTaskConfig:
-        for key in ("experts", "expert_hidden") if self.type == "shared" else ():
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key!r} is of 'mmoe'; add 'type: mmoe', or leave it out")
+    def _no_circle(self) -> MultiTaskConfig:
         evaluation_order(tuple(self.depends_on), self)
         return self
 
@@ -60,6 +51,25 @@ class MultiTaskConfig(Config):
                     raise ConfigError(
                         f"multi_task.depends_on: {name!r} is not a task of the model{nearest(name, list(tasks))}"
                     )
+
+
+class SharedBottomConfig(MultiTaskConfig):
+    """Every task's head reads the representation itself."""
+
+    type: Literal["shared"] = "shared"
+
+
+class MMoEConfig(MultiTaskConfig):
+    """Every task's head reads its own mixture of experts that read the representation (MMoE)."""
+
+    type: Literal["mmoe"] = "mmoe"
+    experts: int = Field(4, ge=2)
+    """X. A model's ``scale`` leaves it as it is."""
+    expert_hidden: Widths = Field((64,), min_length=1)
+    """Widths of each expert's layers."""
+
+
+MultiTask = Annotated[SharedBottomConfig | MMoEConfig, Field(discriminator="type")]
 
 
 def evaluation_order(tasks: tuple[str, ...], config: MultiTaskConfig) -> tuple[str, ...]:
@@ -128,7 +138,7 @@ class TaskHeads(nn.Module):
     Example::
 
         >>> import torch
-        >>> heads = TaskHeads(6, ("click", "buy"), sharing=MultiTaskConfig(type="mmoe", depends_on={"buy": "click"}))
+        >>> heads = TaskHeads(6, ("click", "buy"), sharing=MMoEConfig(depends_on={"buy": "click"}))
         >>> logits = heads(torch.rand(3, 6))
         >>> logits["buy"].shape
         torch.Size([3])
@@ -138,13 +148,13 @@ class TaskHeads(nn.Module):
         self, in_dim: int, tasks: tuple[str, ...], hidden: tuple[int, ...] = (), sharing: MultiTaskConfig | None = None
     ) -> None:
         super().__init__()
-        sharing = sharing or MultiTaskConfig()
+        sharing = sharing or SharedBottomConfig()
         sharing.check(tasks)
         self.tasks, self.detach = tasks, sharing.detach
         self.order = evaluation_order(tasks, sharing)
         self.upstream = {task: sharing.upstream(task) for task in tasks}
         self.mixture: MixtureOfExperts | None = None
-        if sharing.type == "mmoe":
+        if isinstance(sharing, MMoEConfig):
             self.mixture = MixtureOfExperts(in_dim, len(tasks), sharing.experts, sharing.expert_hidden)
             in_dim = self.mixture.out_dim
         one_matrix = not hidden and self.mixture is None and not sharing.depends_on

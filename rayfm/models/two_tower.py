@@ -21,6 +21,7 @@ from rayfm.models.base import MODELS, Model, ModelConfig, ModelOutput
 from rayfm.models.embeddings import DenseFeatures, FeatureEmbeddings, select_features
 from rayfm.models.fm import ProductHeads
 from rayfm.models.mlp import MLP, per_task
+from rayfm.models.scaling import Width, Widths
 from rayfm.schema import Feature, Schema
 
 
@@ -92,9 +93,9 @@ class TwoTower(Model):
         """The item tower's features."""
         user_features: tuple[str, ...] = ()
         """The user tower's features; those in neither list join them."""
-        hidden: tuple[int, ...] = (256, 128)
+        hidden: Widths = (256, 128)
         """Widths of each tower's hidden layers."""
-        vector_dim: int = Field(64, gt=0)
+        vector_dim: Width = 64
         """V."""
         normalize: bool = False
         """Vectors of length one; then take a temperature of 0.05 to 0.2."""

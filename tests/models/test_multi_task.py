@@ -16,13 +16,20 @@ from torch.nn import functional
 
 from rayfm.config import ConfigError, validate
 from rayfm.models import build_model, heads
-from rayfm.models.heads import MixtureOfExperts, MultiTaskConfig, TaskHeads, evaluation_order, mix_experts
+from rayfm.models.heads import (
+    MixtureOfExperts,
+    MMoEConfig,
+    SharedBottomConfig,
+    TaskHeads,
+    evaluation_order,
+    mix_experts,
+)
 from rayfm.pipeline.config import PipelineConfig
 
 SHARING = ("dlrm", "dcnv2", "deepfm")
 """Models whose tasks share a representation."""
 CHOICES: tuple[dict[str, Any], ...] = (
-    {"depends_on": {"watch": "click"}},
+    {"type": "shared", "depends_on": {"watch": "click"}},
     {"type": "mmoe", "experts": 3, "expert_hidden": (10, 7)},
     {"type": "mmoe", "experts": 2, "expert_hidden": (5,), "depends_on": {"watch": ("click",)}},
 )
@@ -60,7 +67,7 @@ def test_experts_are_relu_layers_that_all_tasks_share() -> None:
 
 
 def test_each_task_reads_its_own_mixture() -> None:
-    towers = TaskHeads(6, TASKS, (4,), MultiTaskConfig(type="mmoe", experts=2, expert_hidden=(5,)))
+    towers = TaskHeads(6, TASKS, (4,), MMoEConfig(experts=2, expert_hidden=(5,)))
     x = torch.randn(3, 6)
     mixed = towers.mixture(x)
     for position, task in enumerate(TASKS):
@@ -73,7 +80,7 @@ def test_each_task_reads_its_own_mixture() -> None:
 
 
 def test_a_dependent_head_reads_the_logit_that_it_depends_on() -> None:
-    towers = TaskHeads(2, ("buy", "click"), (), MultiTaskConfig(depends_on={"buy": "click"}))
+    towers = TaskHeads(2, ("buy", "click"), (), SharedBottomConfig(depends_on={"buy": "click"}))
     with torch.no_grad():
         for task, weight, bias in (("click", [1.0, 2.0], 0.5), ("buy", [0.0, 1.0, 10.0], -1.0)):
             towers.towers[task].output.weight.copy_(torch.tensor([weight]))
@@ -86,7 +93,7 @@ def test_a_dependent_head_reads_the_logit_that_it_depends_on() -> None:
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_gradient_into_the_logit_that_is_read_can_be_stopped(detach: bool) -> None:
-    towers = TaskHeads(4, ("click", "buy"), (3,), MultiTaskConfig(depends_on={"buy": "click"}, detach=detach))
+    towers = TaskHeads(4, ("click", "buy"), (3,), SharedBottomConfig(depends_on={"buy": "click"}, detach=detach))
     representation = torch.randn(5, 4, requires_grad=True)
     logits = towers(representation)
     logits["buy"].sum().backward()
@@ -97,7 +104,7 @@ def test_the_gradient_into_the_logit_that_is_read_can_be_stopped(detach: bool) -
 
 
 def test_a_chain_of_dependencies_is_evaluated_in_order() -> None:
-    config = MultiTaskConfig(depends_on={"pay": ("buy", "click"), "buy": "click"})
+    config = SharedBottomConfig(depends_on={"pay": ("buy", "click"), "buy": "click"})
     assert evaluation_order(("pay", "click", "buy"), config) == ("click", "buy", "pay")
     towers = TaskHeads(4, ("pay", "click", "buy"), (), config)
     assert towers.towers["pay"].output.in_features == 6
@@ -108,7 +115,7 @@ def test_a_chain_of_dependencies_is_evaluated_in_order() -> None:
 
 
 def test_offsets_are_part_of_the_logit_that_is_read() -> None:
-    towers = TaskHeads(4, TASKS, (), MultiTaskConfig(depends_on={"watch": "click"}))
+    towers = TaskHeads(4, TASKS, (), SharedBottomConfig(depends_on={"watch": "click"}))
     x, offsets = torch.randn(3, 4), {"click": torch.tensor([1.0, 2.0, 3.0]), "watch": torch.zeros(3)}
     plain, shifted = towers(x), towers(x, offsets)
     torch.testing.assert_close(shifted["click"], plain["click"] + offsets["click"])
@@ -147,21 +154,27 @@ def test_every_model_with_a_shared_representation(kind: str, choice: dict[str, A
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValidationError, match="in a circle"):
-        MultiTaskConfig(depends_on={"a": "b", "b": ("c",), "c": "a"})
+        SharedBottomConfig(depends_on={"a": "b", "b": ("c",), "c": "a"})
     with pytest.raises(ValidationError, match="in a circle"):
-        MultiTaskConfig(depends_on={"a": "a"})
-    with pytest.raises(ValidationError, match="'experts' is of 'mmoe'"):
-        MultiTaskConfig(experts=8)
+        SharedBottomConfig(depends_on={"a": "a"})
     with pytest.raises(ConfigError, match="'clik' is not a task of the model; did you mean 'click'"):
-        build_model(small_config("dlrm", multi_task={"depends_on": {"watch": "clik"}}), SCHEMA, TASKS)
+        build_model(small_config("dlrm", multi_task={"type": "shared", "depends_on": {"watch": "clik"}}), SCHEMA, TASKS)
     with pytest.raises(ConfigError, match="'watch' is not a task of the model"):
-        build_model(small_config("dlrm", multi_task={"depends_on": {"watch": "click"}}), SCHEMA, ("click",))
-    with pytest.raises(ConfigError, match="did you mean 'depends_on'"):
-        validate(type(small_config("dlrm")), {"multi_task": {"depend_on": {}}})
+        build_model(
+            small_config("dlrm", multi_task={"type": "shared", "depends_on": {"watch": "click"}}), SCHEMA, ("click",)
+        )
+    for given, complaint in (
+        ({"type": "shared", "experts": 2}, "unknown key 'multi_task.experts'"),
+        ({"type": "mmoe", "expert": 2}, "did you mean 'experts'"),
+        ({"type": "moe"}, "'multi_task.type': unknown 'moe'; did you mean 'mmoe'"),
+        ({"experts": 2}, "'multi_task': needs a 'type' key"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            validate(type(small_config("dlrm")), {"multi_task": given})
 
 
 def test_a_pipeline_refuses_an_unknown_task_before_anything_is_built(tmp_path: Path) -> None:
-    sharing = {"depends_on": {"click": "watch"}}
+    sharing = {"type": "shared", "depends_on": {"click": "watch"}}
     changes = {"students": {"vm": {"model": {"type": "dcnv2", "multi_task": sharing}}}}
     with pytest.raises(ConfigError, match=r"vm: multi_task\.depends_on: 'watch' is not a task of the model"):
         validate(PipelineConfig, merged(mapping(tmp_path), changes))
