@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,9 +24,17 @@ RAYFM = [sys.executable, "-m", "rayfm.cli.main"]
 ENVIRONMENT = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
 
 
-def rayfm(*arguments: str, timeout: float = 240, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def rayfm(
+    *arguments: str, timeout: float = 240, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*RAYFM, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False, cwd=cwd
+        [*RAYFM, *arguments],
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        cwd=cwd,
     )
 
 
@@ -39,11 +49,23 @@ def metric_lines(run_dir: Path) -> dict[tuple, float]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run from end to end, as a user starts it: with folders relative to where the user stands."""
+def dead_cluster() -> Iterator[str]:
+    """A folder for ``RAY_TMPDIR`` with the note that an earlier ``ray start`` left of a cluster that is gone."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a Unix socket's path has 107 characters at most
+        note = Path(folder) / "ray" / "ray_current_cluster"
+        note.parent.mkdir()
+        note.write_text("127.0.0.1:1")
+        yield folder
+        assert note.read_text() == "127.0.0.1:1", "the note is not of the run's own Ray"
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, dead_cluster: str) -> tuple[Path, str]:
+    """A run from end to end, as a user starts it: with folders relative to where the user stands, and on a machine
+    where somebody's cluster once ran."""
     folder = tmp_path_factory.mktemp("unbroken")
     path = write_config(folder, small_pipeline(folder, storage="data", runs="runs"))
-    result = rayfm("run", str(path), cwd=folder)
+    result = rayfm("run", str(path), cwd=folder, RAY_TMPDIR=dead_cluster)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result.stdout
 
