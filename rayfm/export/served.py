@@ -1,6 +1,6 @@
 """A trained model as a served one: unsharded, without anything that objectives own, probabilities out.
 
-Shape letters: B examples.
+Shape letters: B examples, H width of the representation.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ class ServedModel(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return probabilities(self.model.schema, self.logits(batch))
+
+    def predict(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Predictions as ``forward``'s, and the representation ``[B, H]`` that they come from: one pass for both."""
+        output: ModelOutput = self.model(batch)
+        logits = output.logits if self.calibrator is None else self.calibrator(output.logits)
+        return probabilities(self.model.schema, logits), output.representation
 
     def tensors(self) -> dict[str, Tensor]:
         """What a snapshot holds: ``export_model`` builds an equal model from it."""

@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 
 from rayfm.config import DataError, LabelError, RayfmError, errors
 from rayfm.data.reader import quiet_ray_data
-from rayfm.data.steps import Lookup
+from rayfm.data.steps import Lookup, RepresentationLookup
 from rayfm.data.store import ExampleStore
 from rayfm.labels.columns import check_leak
 from rayfm.labels.lane_file import LaneRecord, write_lane_file
 from rayfm.labels.lookup import LabelLookup
+from rayfm.labels.pins import Pin
 from rayfm.labels.store import LabelStore
 from rayfm.models.base import MODELS
 from rayfm.schema import EXAMPLE_ID, TRAFFIC, WEIGHTS_SUFFIX, Kind, Schema
@@ -49,8 +50,10 @@ def _requests(path: str, columns: list[str], rows: int) -> Iterator[pa.Table]:
         raise DataError(f"{path}: corrupt or missing Parquet file ({error}); prepare its period again") from None
 
 
-def score_lane(handle: Any, path: str, columns: list[str], rows: int, version: str) -> pa.Table:
-    """Predictions for every row of a lane file: ``example_id`` and a column per task.
+def score_lane(
+    handle: Any, path: str, columns: list[str], rows: int, version: str, representation: bool = False
+) -> pa.Table:
+    """Predictions for every row of a lane file: ``example_id``, a column per task, the ``representation`` if asked for.
 
     Raises:
         LabelError: the service answered with another version.
@@ -67,7 +70,8 @@ def score_lane(handle: Any, path: str, columns: list[str], rows: int, version: s
         parts.append(predictions.add_column(0, EXAMPLE_ID, request[EXAMPLE_ID]))
 
     for request in _requests(path, columns, rows):
-        waiting.append((request, handle.score.remote(request, version)))
+        asked = (request, version, True) if representation else (request, version)
+        waiting.append((request, handle.score.remote(*asked)))
         if len(waiting) >= IN_FLIGHT:
             collect()
     while waiting:
@@ -88,6 +92,7 @@ def label_period(
     considerations: bool = True,
     rows_per_request: int = 8192,
     cpus_per_task: float = 0.25,
+    store_representation: bool = False,
 ) -> dict[str, Any]:
     """Label one period with one snapshot, exactly once: a job that runs again finds its commit and changes nothing.
 
@@ -101,6 +106,7 @@ def label_period(
         considerations: whether considerations are labelled too.
         rows_per_request: rows of one call to the service.
         cpus_per_task: CPUs of a reading task.
+        store_representation: store the teacher's representation beside its predictions.
 
     Returns:
         The period's ticket: teacher, version, trained_through, rows, labelled, coverage by kind, table_version,
@@ -148,7 +154,7 @@ def label_period(
                 period=period,
                 kind=kind,
                 lane=lane,
-                labels=score_lane(handle, path, columns, rows_per_request, version),
+                labels=score_lane(handle, path, columns, rows_per_request, version, store_representation),
                 tasks=predicted,
             )
             records.append(record.model_dump_json())
@@ -208,6 +214,16 @@ class StoredLabels:
         Raises:
             LabelError: the version has no labels, or the pinned table version is gone.
         """
+        return LabelLookup(self._pin(teacher, labels), teacher, labels.version, tasks)
+
+    def representation(self, teacher: str, labels: PinnedLabels, width: int) -> RepresentationLookup:
+        """The representations that the same version stored beside its labels.
+
+        Raises:
+            LabelError: as `lookup`; while reading, if none are stored or their width is another.
+        """
+        return LabelLookup(self._pin(teacher, labels), teacher, labels.version, (), width)
+
+    def _pin(self, teacher: str, labels: PinnedLabels) -> Pin:
         store = LabelStore(self.root, self.metadata)
-        pin = store.pin(teacher, labels.version, self.owner, PIN_S, labels.table_version)
-        return LabelLookup(pin, teacher, labels.version, tasks)
+        return store.pin(teacher, labels.version, self.owner, PIN_S, labels.table_version)

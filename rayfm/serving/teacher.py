@@ -19,6 +19,7 @@ from rayfm.config import Config, DataError, RayfmError
 from rayfm.data.conform import conform
 from rayfm.data.encode import Encoder
 from rayfm.export.served import ServedModel, export_model
+from rayfm.labels.columns import REPRESENTATION
 from rayfm.models.base import MODELS, ModelConfig
 from rayfm.schema import Schema
 from rayfm.snapshots.load import SnapshotStore
@@ -66,18 +67,34 @@ def load_version(store: SnapshotStore, model: str, version: str) -> LoadedVersio
     return LoadedVersion(version, manifest.trained_through, served, encoder, manifest.tasks)
 
 
-def score_table(loaded: LoadedVersion, table: pa.Table, rows_at_once: int = 4096) -> pa.Table:
-    """Predictions for a table of examples: one float32 column per task, in the rows' order."""
+def score_table(
+    loaded: LoadedVersion, table: pa.Table, rows_at_once: int = 4096, representation: bool = False
+) -> pa.Table:
+    """Predictions for a table of examples: one float32 column per task, in the rows' order.
+
+    With ``representation`` also a column of that name: fixed-size lists of the representation's H float32.
+    """
     rows = table.num_rows
     none = np.zeros((rows, 0), np.float32)
     chunk = loaded.encoder.encode(table, np.zeros(rows, np.int64), none, none.astype(np.bool_))
     parts: dict[str, list[torch.Tensor]] = {task: [] for task in loaded.tasks}
+    width = loaded.model.model.representation_dim
+    # One array that the forwards fill and Arrow then wraps: representations are wide.
+    vectors = np.empty((rows if representation else 0, width), np.float32)
     with torch.inference_mode():
         for start in range(0, rows, rows_at_once):
-            predictions = loaded.model(loaded.encoder.batch(chunk, start, min(rows, start + rows_at_once)))
+            stop = min(rows, start + rows_at_once)
+            batch = loaded.encoder.batch(chunk, start, stop)
+            if representation:
+                predictions, representation_BH = loaded.model.predict(batch)
+                vectors[start:stop] = representation_BH.float().numpy()
+            else:
+                predictions = loaded.model(batch)
             for task in loaded.tasks:
                 parts[task].append(predictions[task].float())
     columns = {task: torch.cat(part).numpy() if part else np.zeros(0, np.float32) for task, part in parts.items()}
+    if representation:
+        columns[REPRESENTATION] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
     return pa.table(columns)
 
 
@@ -139,19 +156,27 @@ class TeacherService:
             self._load(str(version))
             self._current = str(version)
 
-    async def score(self, table: pa.Table, version: str | None = None) -> tuple[str, pa.Table]:
-        """(version, predictions) for ``table``.
+    async def score(
+        self, table: pa.Table, version: str | None = None, representation: bool = False
+    ) -> tuple[str, pa.Table]:
+        """(version, predictions) for ``table``, with ``representation`` also the teacher's own, as `score_table`.
 
         Raises:
             SnapshotError: the version cannot be loaded; ValueError: none was named and none is current.
         """
-        return await self._answer(table, version)
+        return await self._answer(table, version, representation)
 
     async def __call__(self, request: Request) -> Response:
-        """HTTP: an Arrow IPC stream of examples in, one of predictions out; ``x-rayfm-version`` names the version."""
+        """HTTP: an Arrow IPC stream of examples in, one of predictions out; ``x-rayfm-version`` names the version.
+
+        ``?version=`` asks for a version, ``?representation=true`` for the representation too.
+        """
         try:
             table = read_stream(await request.body())
-            version, predictions = await self._answer(table, request.query_params.get("version"), conform_first=True)
+            asked = request.query_params
+            version, predictions = await self._answer(
+                table, asked.get("version"), asked.get("representation") == "true", conform_first=True
+            )
         except (RayfmError, ValueError) as error:
             return Response(str(error), status_code=400, media_type="text/plain")
         sink = pa.BufferOutputStream()
@@ -163,18 +188,20 @@ class TeacherService:
             headers={"x-rayfm-version": version},
         )
 
-    async def _answer(self, table: pa.Table, version: str | None, conform_first: bool = False) -> tuple[str, pa.Table]:
+    async def _answer(
+        self, table: pa.Table, version: str | None, representation: bool, conform_first: bool = False
+    ) -> tuple[str, pa.Table]:
         wanted = version or self._current
         if wanted is None:
             raise ValueError("no version is current; name one")
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._score, table, wanted, conform_first)
+        return await loop.run_in_executor(self._executor, self._score, table, wanted, representation, conform_first)
 
-    def _score(self, table: pa.Table, version: str, conform_first: bool) -> tuple[str, pa.Table]:
+    def _score(self, table: pa.Table, version: str, representation: bool, conform_first: bool) -> tuple[str, pa.Table]:
         loaded = self._load(version)
         if conform_first:
             table = conform_request(loaded.encoder, table)
-        return loaded.version, score_table(loaded, table, self.config.predict_rows)
+        return loaded.version, score_table(loaded, table, self.config.predict_rows, representation)
 
     def _load(self, version: str) -> LoadedVersion:
         with self._lock:

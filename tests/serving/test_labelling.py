@@ -178,6 +178,32 @@ def test_a_period_is_labelled_whole_and_exactly_once(root, store, handle, loaded
 
 
 @pytest.mark.ray
+def test_the_representation_is_stored_and_read_by_a_student(root, store, handle, loaded):
+    labels = LabelStore(root / "represented")
+    ticket = label(root, store, handle, PERIODS[1], labels=labels, store_representation=True, rows_per_request=32)
+    assert ticket["coverage"] == {"impression": 1.0, "consideration": 1.0}
+    again = label(root, store, handle, PERIODS[1], labels=labels, store_representation=True)
+    assert again["table_version"] == ticket["table_version"], "nothing was committed"
+    pinned = PinnedLabels(version=VERSION, table_version=ticket["table_version"])
+    source = StoredLabels(str(root / "represented"), SQLiteMetadataStore(root / "represented" / "metadata.sqlite"))
+    width = loaded.model.model.representation_dim
+    encoder = Encoder(every_feature_schema(), supervision=("fm/watch",), representations=(("fm", width),))
+    plan = ReadPlan(
+        store, tuple(encoder.columns), 64, ("fm/watch",), (source.lookup("fm", pinned, ("watch",)),), 1.0,
+        (("fm", width),), (source.representation("fm", pinned, width),),
+    )  # fmt: skip
+    rows = 0
+    for batch in ArrowReader(plan, encoder).batches(PERIODS[1]):
+        values, mask = batch.represented("fm")
+        assert mask.all()
+        predictions, expected = loaded.model.predict(batch)
+        np.testing.assert_allclose(values.numpy(), expected.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(batch.supervised("fm/watch")[0], predictions["watch"], rtol=1e-5, atol=1e-6)
+        rows += len(batch)
+    assert rows == 293
+
+
+@pytest.mark.ray
 def test_considerations_may_be_left_unlabelled(root, store, handle):
     labels = LabelStore(root / "impressions")
     ticket = label(root, store, handle, PERIODS[2], labels=labels, considerations=False)

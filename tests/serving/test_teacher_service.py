@@ -88,6 +88,34 @@ def test_predictions_are_the_models_own(root, models, rows):
             np.testing.assert_allclose(found[task].to_numpy(), values, rtol=1e-5, atol=1e-6)
 
 
+def test_the_representation_is_the_models_own(root, models, rows):
+    loaded = load_version(SnapshotStore(root), MODEL, "v1")
+    plain = score_table(loaded, rows, 64)
+    encoder = Encoder(SCHEMA, labels=False)
+    none = np.zeros((len(rows), 0), np.float32)
+    chunk = encoder.encode(rows, np.zeros(len(rows), np.int64), none, none.astype(bool))
+    with torch.no_grad():
+        own = models["v1"](encoder.batch(chunk, 0, len(rows))).representation
+    for at_once in (7, 4096):
+        found = score_table(loaded, rows, at_once, representation=True)
+        assert found.column_names == [*TASKS, "representation"]
+        assert found.schema.field("representation").type == pa.list_(pa.float32(), own.shape[1])
+        vectors = found["representation"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
+        np.testing.assert_allclose(vectors, own.numpy(), rtol=1e-5, atol=1e-6)
+        for task in TASKS:
+            np.testing.assert_allclose(found[task].to_numpy(), plain[task].to_numpy(), rtol=1e-6, atol=1e-7)
+    assert score_table(loaded, rows.slice(0, 0), representation=True)["representation"].to_pylist() == []
+
+
+def test_a_service_gives_the_representation_only_when_asked(service, rows):
+    version, found = asyncio.run(service.score(rows, "v2", True))
+    assert (version, found.column_names[-1]) == ("v2", "representation")
+    asked = request(stream(rows), "v2")
+    asked.query_params["representation"] = "true"
+    assert pa.ipc.open_stream(asyncio.run(service(asked)).body).read_all().equals(found)
+    assert "representation" not in score(service, rows, "v2")[1].column_names
+
+
 def test_a_table_without_rows_has_no_predictions(root, models, rows):
     found = score_table(load_version(SnapshotStore(root), MODEL, "v1"), rows.slice(0, 0))
     assert found.num_rows == 0
