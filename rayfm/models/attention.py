@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rayfm.config import ConfigError
 from rayfm.models.mlp import MLP
 
 
@@ -61,7 +60,7 @@ class Attention(nn.Module):
         rotary: turn queries and keys by their positions.
 
     Raises:
-        ConfigError: E is no multiple of K (twice K where rotary).
+        ValueError: E is no multiple of K (twice K where rotary).
 
     Example::
 
@@ -133,10 +132,10 @@ def require_heads(dim: int, heads: int, rotary: bool = False, key: str = "heads"
         key: what the number is called in the config.
 
     Raises:
-        ConfigError: naming the two numbers.
+        ValueError: naming the two numbers.
     """
     if dim % (2 * heads if rotary else heads):
         even = "twice " if rotary else ""
-        raise ConfigError(
+        raise ValueError(
             f"{key} {heads}: the width of a token, embedding_dim {dim}, is no multiple of {even}it; change one of them"
         )

@@ -12,19 +12,18 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rayfm.config import ConfigError, nearest
 from rayfm.data.batch import Batch
 from rayfm.models.attention import AttentionBlock, attended, masked_softmax, require_heads, split_heads
-from rayfm.models.backbone import Backbone, DeepConfig
 from rayfm.models.base import MODELS
-from rayfm.models.embeddings import DenseFeatures, flat_inputs
+from rayfm.models.embeddings import flat_inputs, select_features
 from rayfm.models.scaling import Widths
-from rayfm.models.sequences import PaddedSequence, SequenceEmbeddings
-from rayfm.schema import Feature
+from rayfm.models.sequences import PaddedSequence, SequenceBackbone, SequenceConfig, require_sequences
+from rayfm.schema import Feature, Schema
 
 
 class HeadLinear(nn.Module):
@@ -137,7 +136,7 @@ class SequenceInterests(nn.Module):
 
 
 @MODELS.register("dmin")
-class DMIN(Backbone):
+class DMIN(SequenceBackbone):
     """Self-attention refines what a user did, several heads extract interests, the target attends to each of them.
 
     Each sequence feature has its own three layers; its target is the feature of one vector that stands for what is
@@ -166,7 +165,7 @@ class DMIN(Backbone):
         (torch.Size([4, 16]), torch.Size([4]))
     """
 
-    class Config(DeepConfig):
+    class Config(SequenceConfig):
         """Sizes of a DMIN. The schema needs a feature of kind sequence, with a ``max_len``."""
 
         type: Literal["dmin"] = "dmin"
@@ -183,43 +182,26 @@ class DMIN(Backbone):
         hidden: Widths = (256, 128)
         """Widths of the deep network."""
 
+        @model_validator(mode="after")
+        def _divide(self) -> DMIN.Config:
+            require_heads(self.embedding_dim, self.heads)
+            require_heads(self.embedding_dim, self.interests, key="interests")
+            return self
+
+        def check(self, schema: Schema, tasks: tuple[str, ...]) -> None:
+            super().check(schema, tasks)
+            target_features(self, select_features(schema, self.features))
+
     config: Config
 
-    def embed(self, features: list[Feature], device: torch.device | None) -> None:
-        """Sequences stay unpooled."""
-        self.inputs = SequenceEmbeddings(self.schema, features, self.config.embedding_dim, reader="dmin", device=device)
-        self.dense = DenseFeatures(self.schema, features)
-
     def build(self) -> int:
-        config = self.config
-        sequences = self.inputs.sequences
-        self._targets = {feature.name: self._target(feature) for feature in sequences}
-        for name in config.targets:
-            if name not in self._targets:
-                known = nearest(name, list(self._targets))
-                raise ConfigError(f"dmin: targets: {name!r} is no sequence that it reads{known}")
+        config, sequences = self.config, self.inputs.sequences
+        targets = target_features(config, self.features)
+        self._targets = {sequence: self.inputs.names.index(target) for sequence, target in targets.items()}
         self.interests = nn.ModuleList(SequenceInterests(feature.max_len or 0, config) for feature in sequences)
         vectors = self.inputs.num_features + len(sequences) * config.interests
         self.deep = config.mlp(vectors * config.embedding_dim + self.dense.num_features, config.hidden)
         return self.deep.out_dim
-
-    def _target(self, sequence: Feature) -> int:
-        """Position of a sequence's target among the features of one vector."""
-        names = self.inputs.names
-        name = self.config.targets.get(sequence.name)
-        if name is not None:
-            if name not in names:
-                raise ConfigError(
-                    f"dmin: targets: {name!r} is no feature of one vector that it reads{nearest(name, list(names))}"
-                )
-            return names.index(name)
-        for feature in self.features:
-            if feature.kind == "sparse" and feature.table_name == sequence.table_name:
-                return names.index(feature.name)
-        raise ConfigError(
-            f"dmin: no feature of kind sparse shares table {sequence.table_name!r} with sequence {sequence.name!r}; "
-            "say in 'targets' which feature is to be compared with its items"
-        )
 
     def represent(self, batch: Batch) -> Tensor:
         vectors_BFE, sequences = self.inputs(batch)
@@ -230,3 +212,30 @@ class DMIN(Backbone):
         read_BVE = torch.cat([vectors_BFE, *(interest_BKE.float() for interest_BKE in interests)], dim=1)
         deep_BH: Tensor = self.deep(flat_inputs(read_BVE, self.dense(batch)))
         return deep_BH
+
+
+def target_features(config: DMIN.Config, features: list[Feature]) -> dict[str, str]:
+    """Sequence -> the feature of one vector that attends to it.
+
+    Raises:
+        ConfigError: a name in ``targets`` is not among ``features``, or a sequence has no target.
+    """
+    sequences = require_sequences(features, config.type)
+    vectors = [feature.name for feature in features if feature.kind not in ("dense", "sequence")]
+    for name, target in config.targets.items():
+        known = [feature.name for feature in sequences]
+        if name not in known:
+            raise ConfigError(f"dmin: targets: {name!r} is no sequence that it reads{nearest(name, known)}")
+        if target not in vectors:
+            hint = nearest(target, vectors)
+            raise ConfigError(f"dmin: targets: {target!r} is no feature of one vector that it reads{hint}")
+    found = {}
+    for sequence in sequences:
+        shared = [f.name for f in features if f.kind == "sparse" and f.table_name == sequence.table_name]
+        if sequence.name not in config.targets and not shared:
+            raise ConfigError(
+                f"dmin: no feature of kind sparse shares table {sequence.table_name!r} with sequence "
+                f"{sequence.name!r}; say in 'targets' which feature is to be compared with its items"
+            )
+        found[sequence.name] = config.targets[sequence.name] if sequence.name in config.targets else shared[0]
+    return found

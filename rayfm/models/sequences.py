@@ -20,7 +20,14 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from rayfm.config import ConfigError
 from rayfm.data.batch import Batch
-from rayfm.models.embeddings import INIT_STD, FeatureEmbeddings, require_module_names
+from rayfm.models.backbone import Backbone, DeepConfig
+from rayfm.models.embeddings import (
+    INIT_STD,
+    DenseFeatures,
+    FeatureEmbeddings,
+    require_module_names,
+    select_features,
+)
 from rayfm.models.jagged import KeyOrder, join, no_rows, padded
 from rayfm.schema import Feature, Schema
 
@@ -95,23 +102,9 @@ class SequenceEmbeddings(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
-        self.sequences = tuple(feature for feature in features if feature.kind == "sequence")
-        if not self.sequences:
-            raise ConfigError(
-                f"{reader} reads what a user did item by item, and none of its features is a sequence; add one of "
-                "kind sequence to the schema (and to 'features'), or take another model"
-            )
-        for feature in self.sequences:
-            if feature.max_len is None:
-                raise ConfigError(f"feature {feature.name!r}: {reader} pads it to its longest; give it a 'max_len'")
+        self.sequences = require_sequences(features, reader)
         unpooled = {feature.table_name for feature in self.sequences}
         here = [feature for feature in features if feature.kind != "dense" and feature.table_name in unpooled]
-        for feature in here:
-            if feature.kind == "weighted":
-                raise ConfigError(
-                    f"feature {feature.name!r} is weighted and shares table {feature.table_name!r} with a sequence, "
-                    "which is not; give it a table of its own"
-                )
         self.names = tuple(feature.name for feature in features if feature.kind not in ("dense", "sequence"))
         self._pooled = tuple(feature.name for feature in here if feature.kind != "sequence")
         self.unpooled = _collection(schema, here, embedding_dim, device)
@@ -152,6 +145,55 @@ class SequenceEmbeddings(nn.Module):
         if not vectors:
             return batch.dense.new_zeros(rows, 0, self.embedding_dim), sequences
         return torch.stack([vectors[name] for name in self.names], dim=1), sequences
+
+
+class SequenceConfig(DeepConfig):
+    """What models that read sequences item by item have."""
+
+    def check(self, schema: Schema, tasks: tuple[str, ...]) -> None:
+        super().check(schema, tasks)
+        require_sequences(select_features(schema, self.features), str(vars(self)["type"]))
+
+
+class SequenceBackbone(Backbone):
+    """Base of the models that read sequences item by item.
+
+    Attributes:
+        inputs: ``Batch -> [B, F, E]`` and the sequences, in place of ``embeddings``.
+    """
+
+    inputs: SequenceEmbeddings
+
+    def embed(self, features: list[Feature], device: torch.device | None) -> None:
+        """Make ``inputs`` and ``dense``."""
+        reader = str(vars(self.config)["type"])
+        self.inputs = SequenceEmbeddings(self.schema, features, self.config.embedding_dim, reader=reader, device=device)
+        self.dense = DenseFeatures(self.schema, features)
+
+
+def require_sequences(features: list[Feature], reader: str) -> tuple[Feature, ...]:
+    """The sequences among ``features``, once they are known to be readable item by item.
+
+    Raises:
+        ConfigError: there is none, one has no ``max_len``, or a weighted feature shares a sequence's table.
+    """
+    sequences = tuple(feature for feature in features if feature.kind == "sequence")
+    if not sequences:
+        raise ConfigError(
+            f"{reader} reads what a user did item by item, and none of its features is a sequence; add one of "
+            "kind sequence to the schema (and to 'features'), or take another model"
+        )
+    for feature in sequences:
+        if feature.max_len is None:
+            raise ConfigError(f"feature {feature.name!r}: {reader} pads it to its longest; give it a 'max_len'")
+    tables = {feature.table_name for feature in sequences}
+    for feature in features:
+        if feature.kind == "weighted" and feature.table_name in tables:
+            raise ConfigError(
+                f"feature {feature.name!r} is weighted and shares table {feature.table_name!r} with a sequence, "
+                "which is not; give it a table of its own"
+            )
+    return sequences
 
 
 def averages(values_NE: Tensor, lengths_B: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from model_batches import SCHEMA, TASKS, random_batch, small_config, small_model
+from pydantic import ValidationError
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -70,7 +71,7 @@ def test_attention_blocks_see_no_padding() -> None:
 
 @pytest.mark.parametrize(("heads", "rotary"), [(3, False), (4, True)])
 def test_heads_that_do_not_divide_the_width(heads: int, rotary: bool) -> None:
-    with pytest.raises(ConfigError, match="is no multiple of"):
+    with pytest.raises(ValueError, match="is no multiple of"):
         Attention(8 if heads == 3 else 12, heads, rotary)
 
 
@@ -154,10 +155,24 @@ def test_what_attends_can_be_chosen() -> None:
         ({"features": ("user", "watched")}, "no feature of kind sparse shares table 'video' with sequence 'watched'"),
         ({"targets": {"watched": "vidoe"}}, "'vidoe' is no feature of one vector that it reads; did you mean 'video'"),
         ({"targets": {"user": "video"}}, "'user' is no sequence that it reads; known: liked, watched"),
-        ({"heads": 3}, "heads 3: the width of a token, embedding_dim 8, is no multiple of it"),
-        ({"interests": 3}, "interests 3: the width of a token, embedding_dim 8"),
     ],
 )
 def test_bad_configs(changes: dict, message: str) -> None:
+    config = small_config("dmin", **changes)
     with pytest.raises(ConfigError, match=message):
-        build_model(small_config("dmin", **changes), SCHEMA, TASKS)
+        config.check(SCHEMA, TASKS)
+    with pytest.raises(ConfigError, match=message):
+        build_model(config, SCHEMA, TASKS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 3}, "heads 3: the width of a token, embedding_dim 8, is no multiple of it"),
+        ({"interests": 3}, "interests 3: the width of a token, embedding_dim 8"),
+        ({"embedding_dim": 16, "interests": 16, "scale": 0.5}, "scale 0.5 does not fit: interests 16"),
+    ],
+)
+def test_sizes_that_do_not_go_together(changes: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        small_config("dmin", **changes)
