@@ -30,10 +30,10 @@ def fit_platt_aggregated(
 ) -> tuple[float, float]:
     """The slope and shift under which summed predictions match the counts: ``Calibrator.set`` takes them.
 
-    Maximises ``sum_c n_c log lambda_c - lambda_c`` by Fisher scoring with step halving, with a weak pull towards slope 1,
-    and then moves the shift until the sum over all cells is the sum of all counts. The slope is known
-    only as far as cells differ in their logits; with one cell it stays about 1. One that is not positive would reverse
-    the order: it then stays 1 and only the shift is fitted.
+    Maximises ``sum_c n_c log lambda_c - lambda_c`` by Fisher scoring with step halving, with a weak pull towards slope
+    1, and then moves the shift until the sum over all cells is the sum of all counts. The slope is known only as far as
+    cells differ in their logits; with one cell it stays about 1. One that is not positive would reverse the order: it
+    then stays 1 and only the shift is fitted.
 
     Args:
         logit: ``[N]``, of every row that may have led to a count, counted or not. Rows may be bins of a histogram, with
