@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from rayfm.config import Config, Registry
 from rayfm.schema import Schema
@@ -42,6 +42,9 @@ class SourceConfig(Config):
 
 class Source:
     """Base of the sources. A subclass registers itself with ``@SOURCES.register(name)`` and nests a ``Config``."""
+
+    has_requests: ClassVar[bool | None] = None
+    """Whether its examples have a ``request_id``; None where the logs decide."""
 
     cpus_per_task: float = 1.0
     """CPUs that each task of `dataset` asks of Ray; `prepare` sets it to its own, so that Ray Data fuses the two."""

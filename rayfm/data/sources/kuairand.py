@@ -73,6 +73,7 @@ class KuaiRandSource(Source):
     """
 
     Config = KuaiRandConfig
+    has_requests = False
 
     def __init__(self, config: KuaiRandConfig, schema: Schema) -> None:
         super().__init__(config, schema)

@@ -120,7 +120,9 @@ class TablePart:
             else:
                 file = stack.enter_context(open(self.path, "rb"))
                 names = header(self.path)
-                first, last = _line_start(file, self.start), _line_start(file, self.stop)
+                file.readline()
+                begin = file.tell()
+                first, last = (line_start(file, edge, begin) for edge in (self.start, self.stop))
                 if first >= last:
                     return
                 stream, skip = Slice(file, first, last), 0
@@ -161,11 +163,8 @@ class Slice(io.RawIOBase):
         return len(piece)
 
 
-def _line_start(file: IO[bytes], position: int) -> int:
-    """Where the first data line that begins at or after ``position`` begins."""
-    file.seek(0)
-    file.readline()
-    begin = file.tell()
+def line_start(file: IO[bytes], position: int, begin: int) -> int:
+    """Where the first line that begins at or after ``position`` begins; no line counts before ``begin``."""
     if position <= begin:
         return begin
     file.seek(position - 1)
