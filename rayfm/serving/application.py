@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 from typing import Any
 
 from rayfm.config import CapacityError
 from rayfm.serving.teacher import TeacherService, TeacherServiceConfig
 
 LOOPBACK = "127.0.0.1"
+
+_DEPLOYING = threading.Lock()
+"""Ray Serve's own start is not safe between threads: two that find no controller both make one."""
 
 
 def application_name(run: str, teacher: str) -> str:
@@ -56,11 +60,6 @@ def start_teacher(
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     if http_port is not None:
         check_port(LOOPBACK, http_port)
-    serve.start(
-        proxy_location="Disabled" if http_port is None else "HeadOnly",
-        http_options=None if http_port is None else {"host": LOOPBACK, "port": http_port},
-        logging_config={"log_level": "ERROR", "enable_access_log": False},
-    )
     deployment: Any = serve.deployment(
         TeacherService,
         name="TeacherService",
@@ -71,7 +70,13 @@ def start_teacher(
     )
     application = deployment.bind(config.dump())
     name = application_name(run, teacher)
-    return serve.run(application, name=name, route_prefix=None if http_port is None else f"/{name}")
+    with _DEPLOYING:
+        serve.start(
+            proxy_location="Disabled" if http_port is None else "HeadOnly",
+            http_options=None if http_port is None else {"host": LOOPBACK, "port": http_port},
+            logging_config={"log_level": "ERROR", "enable_access_log": False},
+        )
+        return serve.run(application, name=name, route_prefix=None if http_port is None else f"/{name}")
 
 
 def teacher_handle(run: str, teacher: str) -> Any:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from example_store import every_feature_schema, write_store
@@ -132,9 +134,12 @@ def handle(ray_session, root):
     from ray import serve
 
     config = TeacherServiceConfig(root=str(root / "run"), model=MODEL)
-    handle = start_teacher("test", "fm", config, cpus=0.25)
-    yield handle
-    stop_teacher("test", "fm")
+    with ThreadPoolExecutor() as pool:  # a pipeline starts its teachers side by side; the first call starts Serve
+        handles = [pool.submit(start_teacher, "test", name, config, cpus=0.1) for name in ("fm", "other")]
+    yield handles[0].result()
+    for name, started in zip(("fm", "other"), handles, strict=True):
+        assert started.exception() is None
+        stop_teacher("test", name)
     serve.shutdown()
 
 
