@@ -21,6 +21,7 @@ def synthetic_batch(
     supervision: tuple[str, ...] = (),
     considerations: float = 0.0,
     coverage: float = 1.0,
+    longest: bool = False,
 ) -> Batch:
     """A random batch; the same arguments give the same one.
 
@@ -31,6 +32,7 @@ def synthetic_batch(
         supervision: names of supervision columns, filled with uniform numbers in (0, 1).
         considerations: share of rows that are considerations, without labels.
         coverage: share of supervision that is there.
+        longest: give every list its greatest length, instead of a random one.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -47,9 +49,9 @@ def synthetic_batch(
     ids = torch.arange(rows, device="cpu")
     return Batch(
         dense=torch.randn(rows, len(dense), generator=generator, device="cpu"),
-        sparse=_ids(schema, [*kinds["sparse"], *kinds["multi"]], rows, generator),
-        weighted=_ids(schema, weighted, rows, generator),
-        sequence=_ids(schema, kinds["sequence"], rows, generator),
+        sparse=_ids(schema, [*kinds["sparse"], *kinds["multi"]], rows, generator, longest),
+        weighted=_ids(schema, weighted, rows, generator, longest),
+        sequence=_ids(schema, kinds["sequence"], rows, generator, longest),
         labels=labels.T.contiguous() * mask,
         label_mask=mask.contiguous(),
         supervision=uniform(rows, len(supervision)) * covered,
@@ -65,13 +67,15 @@ def synthetic_batch(
     )
 
 
-def _ids(schema: Schema, features: list[Feature], rows: int, generator: torch.Generator) -> KeyedJaggedTensor | None:
+def _ids(
+    schema: Schema, features: list[Feature], rows: int, generator: torch.Generator, full: bool
+) -> KeyedJaggedTensor | None:
     if not features:
         return None
     values, lengths, weights = [], [], []
     for feature in features:
         longest = (feature.max_len or DEFAULT_MAX_LEN) if feature.is_list else 1
-        shortest = 0 if feature.is_list else 1
+        shortest = longest if full else int(not feature.is_list)
         counts = torch.randint(shortest, longest + 1, (rows,), generator=generator, dtype=torch.int32, device="cpu")
         total = int(counts.sum())
         lengths.append(counts)
