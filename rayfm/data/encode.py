@@ -121,11 +121,12 @@ class Encoder:
         """Encode ``table`` (N rows) with its kinds ``[N]``, supervision ``[N, S]`` and representations ``[N, sum R]``.
 
         Raises:
-            DataError: a column is missing.
+            DataError: a column is missing, or a prediction of a binary task is no probability.
         """
         missing = [name for name in self.columns if name not in table.column_names]
         if missing:
             raise DataError(f"the examples lack column {missing[0]!r}; prepare them with the schema that has it")
+        self._check_supervision(supervision, supervision_mask)
         rows = table.num_rows
         example_id = _integers(table[EXAMPLE_ID])
         single = np.zeros((len(self.single), rows), np.int64)
@@ -217,6 +218,20 @@ class Encoder:
             lengths=torch.from_numpy(np.concatenate([counts for _, counts in slices]).astype(np.int32)),
             weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
         )
+
+    def _check_supervision(self, supervision: FloatArray, mask: BoolArray) -> None:
+        kinds = {task.name: task.kind for task in self.schema.tasks}
+        for position, name in enumerate(self.supervision):
+            task = name.rpartition("/")[2]
+            if kinds.get(task) != "binary":
+                continue
+            values = supervision[:, position][mask[:, position]]
+            wrong = ~((values >= 0) & (values <= 1))  # not a number is neither
+            if wrong.any():
+                raise DataError(
+                    f"supervision column {name!r}: {values[wrong][0]:g} is no probability, and task {task!r} is "
+                    "binary; it must be in [0, 1], and null where there is no prediction"
+                )
 
     def _dense(self, table: pa.Table) -> FloatArray:
         dense = np.empty((table.num_rows, len(self.dense)), np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from example_store import IdLookup, IdVectors, every_feature_schema, write_store
+from example_store import IdLookup, IdVectors, every_feature_rows, every_feature_schema, write_store
 
 from rayfm.config import ConfigError, DataError
 from rayfm.data import reader as reader_module
@@ -39,6 +39,19 @@ def make(store: ExampleStore, share: float = 0.5, **kwargs) -> tuple[ReadPlan, E
     columns = (*encoder.columns, "user_id", "request_id", "logged/ranking/click")
     plan = ReadPlan(store, columns, 64, SUPERVISION, (IdLookup(),), share, REPRESENTATIONS, (IdVectors(),), **kwargs)
     return plan, encoder
+
+
+@pytest.mark.parametrize("value", [1.2, -0.1, float("nan"), float("inf")])
+def test_supervision_of_a_binary_task_is_a_probability(value: float) -> None:
+    names = ("fm/watch", "fm/click")
+    encoder = Encoder(every_feature_schema(), supervision=names)
+    table, kind = every_feature_rows(3, seed=1), np.zeros(3, np.int64)
+    supervision = np.array([[5.0, 0.0], [-7.0, 1.0], [0.0, value]], np.float32)
+    mask = np.array([[True, True], [True, True], [True, False]])
+    encoder.encode(table, kind, supervision, mask)  # a regression may have any value; what is masked does not count
+    mask[2, 1] = True
+    with pytest.raises(DataError, match=f"supervision column 'fm/click': {value:g} is no probability"):
+        encoder.encode(table, kind, supervision, mask)
 
 
 def assert_equal(left: Batch, right: Batch) -> None:
