@@ -13,7 +13,8 @@ from rayfm.serving.teacher import TeacherService, TeacherServiceConfig
 LOOPBACK = "127.0.0.1"
 
 _DEPLOYING = threading.Lock()
-"""Ray Serve's own start is not safe between threads: two that find no controller both make one."""
+"""Ray Serve is not safe between threads: two that find no controller both make one, and pickling a deployment
+registers and unregisters modules of the whole process."""
 
 
 def application_name(run: str, teacher: str) -> str:
@@ -60,15 +61,6 @@ def start_teacher(
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     if http_port is not None:
         check_port(LOOPBACK, http_port)
-    deployment: Any = serve.deployment(
-        TeacherService,
-        name="TeacherService",
-        num_replicas=replicas,
-        max_ongoing_requests=16,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-        logging_config={"log_level": "ERROR", "enable_access_log": False},
-    )
-    application = deployment.bind(config.dump())
     name = application_name(run, teacher)
     with _DEPLOYING:
         serve.start(
@@ -76,6 +68,15 @@ def start_teacher(
             http_options=None if http_port is None else {"host": LOOPBACK, "port": http_port},
             logging_config={"log_level": "ERROR", "enable_access_log": False},
         )
+        deployment: Any = serve.deployment(
+            TeacherService,
+            name="TeacherService",
+            num_replicas=replicas,
+            max_ongoing_requests=16,
+            ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+            logging_config={"log_level": "ERROR", "enable_access_log": False},
+        )
+        application = deployment.bind(config.dump())
         return serve.run(application, name=name, route_prefix=None if http_port is None else f"/{name}")
 
 
