@@ -25,6 +25,7 @@ ROOMS = [
     "selection",
     "report",
     "pipeline",
+    "reproduce",
     "cli",
 ]
 """From the ground floor up; a room imports only from those before it. The pipeline ends with the report it writes."""

@@ -147,6 +147,8 @@ def _gather(pools: dict[_Key, dict[int, Pool]], entry: Entry) -> None:
 class Comparison:
     """Samples of several models over the same rows, to be compared pair by pair.
 
+    Besides the metrics of a summary there is ``miscalibration``, the distance of calibration from 1.
+
     Args:
         entries: of one run or of several (such as the slides of a split), in any order; each is read once.
 
@@ -159,6 +161,12 @@ class Comparison:
         for entry in entries:
             _gather(self._pools, entry)
         self._samples = {key: _samples(seeds) for key, seeds in self._pools.items()}
+        for samples in self._samples.values():
+            if "calibration" in samples:
+                samples["miscalibration"] = {
+                    seed: Sample(abs(sample.points - 1), abs(sample.replicates - 1))
+                    for seed, sample in samples["calibration"].items()
+                }
 
     def value(self, model: str, variant: str, metric: str, task: str, kind: str = KINDS[0]) -> Estimate | None:
         """The metric over all rows, or None where the model was not scored on such rows."""

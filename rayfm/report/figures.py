@@ -119,6 +119,43 @@ def over_periods(
     return _svg(draw, (3.7, 2.5), f"{title} over periods")
 
 
+def with_intervals(
+    title: str,
+    x: str,
+    y: str,
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    colours: Mapping[str, str],
+    ticks: Sequence[str] = (),
+    zero: bool = False,
+) -> str:
+    """Points with their intervals, joined by lines: name -> (x, value, lo, hi).
+
+    Args:
+        title: above the axes.
+        x: under them.
+        y: beside them.
+        series: the points; an interval of NaN is left out.
+        colours: name -> colour.
+        ticks: names of x = 0, 1, ..., where they are not numbers.
+        zero: draw the line y = 0.
+    """
+
+    def draw(axes: Axes) -> None:
+        for name, points in series.items():
+            at, value, lo, hi = np.array(sorted(points), dtype=float).reshape(-1, 4).T
+            axes.plot(at, value, marker="o", markersize=4, linewidth=1.6, color=colours[name])
+            axes.vlines(at, lo, hi, color=colours[name], alpha=0.6, linewidth=1.4)
+        if zero:
+            axes.axhline(0, color=_INK, linewidth=0.8, alpha=0.5)
+        axes.grid(axis="y", alpha=0.25, linewidth=0.5)
+        axes.margins(x=0.08)
+        axes.set(title=title, xlabel=x, ylabel=y)
+        if ticks:
+            axes.set_xticks(range(len(ticks)), ticks)
+
+    return _svg(draw, (4.6, 3.0), title)
+
+
 def calibration_panel(
     title: str, curves: Mapping[str, Mapping[str, Sequence[float]]], colours: Mapping[str, str]
 ) -> str:

@@ -27,10 +27,25 @@ def write_report(run_dir: str | Path) -> Path:
     Raises:
         DataError: no run there, or a file of it is damaged.
     """
+    run = Run.read(run_dir)
+    periods = run.summary.get("periods", [])
+    facts = {
+        "test periods": f"{periods[0]} to {periods[-1]} ({len(periods)})" if periods else "none yet",
+        "models": ", ".join(dict.fromkeys(row["model"] for row in run.summary.get("metrics", []))) or "none yet",
+        "tasks": ", ".join(task["name"] for task in run.summary.get("tasks", [])) or "none yet",
+    }
+    path = Path(run_dir) / "report.html"
+    write_page(path, run.name, facts, [build(run) for build in SECTIONS], run.config)
+    return path
+
+
+def write_page(
+    path: Path, name: str, facts: dict[str, str], parts: list[sections.Section], config: str | None = None
+) -> None:
+    """Write a page of sections; ``config`` is shown folded at its end (None: no such part)."""
     import jinja2
     from markupsafe import Markup
 
-    run = Run.read(run_dir)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -40,17 +55,8 @@ def write_report(run_dir: str | Path) -> Path:
     )
     # Figures are our own SVG; everything else on the page is escaped.
     environment.filters["svg"] = Markup
-    periods = run.summary.get("periods", [])
-    facts = {
-        "test periods": f"{periods[0]} to {periods[-1]} ({len(periods)})" if periods else "none yet",
-        "models": ", ".join(dict.fromkeys(row["model"] for row in run.summary.get("metrics", []))) or "none yet",
-        "tasks": ", ".join(task["name"] for task in run.summary.get("tasks", [])) or "none yet",
-    }
-    page = environment.get_template("page.html").render(
-        run=run, facts=facts, sections=[build(run) for build in SECTIONS]
-    )
-    path = Path(run_dir) / "report.html"
+    page = environment.get_template("page.html").render(name=name, facts=facts, sections=parts, config=config)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, path)
-    return path

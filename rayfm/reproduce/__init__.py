@@ -1,0 +1,1 @@
+"""The papers' tables, each reproduced by one command: what to train, what to compare, what held."""

@@ -1,0 +1,57 @@
+"""Filled tables as one self-contained page."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rayfm.report.figures import PALETTE, with_intervals
+from rayfm.report.html import write_page
+from rayfm.report.sections import Grid, Listing, Section
+from rayfm.reproduce.show import MARKS, counted, number, ours
+from rayfm.reproduce.table import TABLES, Figure, Result
+
+_CLASSES = {"held": "better", "not": "worse", "open": ""}
+
+
+def write_tables(results: list[Result], facts: dict[str, str], path: Path) -> Path:
+    """Write the page; returns its path."""
+    write_page(path, "The papers' tables, reproduced", facts, [_section(result) for result in results])
+    return path
+
+
+def _section(result: Result) -> Section:
+    section = Section(result.name, intro=f"{TABLES[result.name].title}. {counted(result)}.")
+    if result.figure is not None:
+        section.parts.append(_grid(result.figure))
+    header = [*result.labels]
+    for metric in result.metrics:
+        header += [f"{metric}, paper", f"{metric}, ours"]
+    rows = []
+    for row in result.rows:
+        cells: list[object] = [(label, "name") for label in row.labels]
+        for theirs, found in zip(row.paper, row.ours, strict=True):
+            cells += [number(theirs), ours(found)]
+        rows.append(cells)
+    note = " ".join(["± is half the 95 % interval over users and seeds.", *result.notes])
+    section.parts.append(Listing("The paper's numbers beside ours", header, rows, note))
+    rows = []
+    for judged in result.claims:
+        found = judged.estimate
+        numbers = ("-", "-", "-") if found is None else tuple(f"{v:+.4f}" for v in (found.value, found.lo, found.hi))
+        p = "-" if math.isnan(judged.p) else f"{judged.p:.2g}"
+        verdict = (MARKS[judged.verdict], _CLASSES[judged.verdict])
+        rows.append([(judged.claim.text, "name"), judged.claim.metric, *numbers, p, verdict])
+    header = ["claim", "metric", "difference", "lo", "hi", "p, Holm", "verdict"]
+    section.parts.append(Listing("The paper's claims", header, rows))
+    return section
+
+
+def _grid(figure: Figure) -> Grid:
+    colours = {line.name: PALETTE[1 + i % (len(PALETTE) - 1)] for i, line in enumerate(figure.series)}
+    series = {
+        line.name: [(x, y.value, y.lo, y.hi) for x, y in zip(line.x, line.y, strict=True)] for line in figure.series
+    }
+    zero = any(lo <= 0 <= hi for points in series.values() for _, _, lo, hi in points)
+    drawn = with_intervals(figure.title, figure.x, figure.y, series, colours, figure.ticks, zero)
+    return Grid(figure.title, [drawn], list(colours.items()), wide=True)

@@ -1,0 +1,150 @@
+"""A study: teachers and students over some days of a source. Tables say which they need; equal ones are run once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+
+from rayfm.config import ConfigError, validate
+from rayfm.pipeline.config import PipelineConfig
+from rayfm.pipeline.stream import cpu_count
+from rayfm.reproduce.scope import Mapping, Scope
+
+TEACHER_CPUS, SERVICE_CPUS = 0.2, 0.1
+"""Small shares, so that a study with four teachers fits two cores; a machine with more runs them no slower."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One pipeline to run; ``teachers`` and ``students`` are as in a pipeline's YAML."""
+
+    name: str
+    schedule: Mapping
+    teachers: dict[str, Mapping] = dataclasses.field(default_factory=dict)
+    students: dict[str, Mapping] = dataclasses.field(default_factory=dict)
+    consideration_share: float = 0.0
+    groups: dict[str, Mapping] = dataclasses.field(default_factory=dict)
+    """Worker groups besides ``students``, as changes of the common training."""
+
+    @property
+    def variants(self) -> list[tuple[str, str]]:
+        """(student, variant) of all that it trains."""
+        return [(name, variant) for name, student in self.students.items() for variant in student["variants"]]
+
+    def only(self, wanted: Iterable[tuple[str, str]]) -> Study:
+        """The study with those variants alone."""
+        wanted = set(wanted)
+        students = {}
+        for name, student in self.students.items():
+            variants = {v: terms for v, terms in student["variants"].items() if (name, v) in wanted}
+            if variants:
+                students[name] = {**student, "variants": variants}
+        return dataclasses.replace(self, students=students)
+
+
+def merge(studies: Iterable[Study]) -> list[Study]:
+    """Studies of one name as one, so that they share teachers, labels and readers.
+
+    Raises:
+        ConfigError: two of one name differ in a teacher, a student's model, a variant or the days.
+    """
+    merged: dict[str, Study] = {}
+    for study in studies:
+        into = merged.get(study.name)
+        if into is None:
+            merged[study.name] = study
+            continue
+        if (into.schedule, into.consideration_share) != (study.schedule, study.consideration_share):
+            raise ConfigError(f"study {study.name!r} is defined twice with different days; rename one")
+        students = dict(into.students)
+        for name, student in study.students.items():
+            if name not in students:
+                students[name] = student
+                continue
+            before = students[name]
+            if {k: v for k, v in before.items() if k != "variants"} != {
+                k: v for k, v in student.items() if k != "variants"
+            }:
+                raise ConfigError(f"study {study.name!r}: student {name!r} is defined twice, differently; rename one")
+            students[name] = {**before, "variants": _union(study.name, before["variants"], student["variants"])}
+        merged[study.name] = dataclasses.replace(
+            into,
+            teachers=_union(study.name, into.teachers, study.teachers),
+            students=students,
+            groups=_union(study.name, into.groups, study.groups),
+        )
+    return list(merged.values())
+
+
+def _union(study: str, one: Mapping, other: Mapping) -> Mapping:
+    for name in one.keys() & other.keys():
+        if one[name] != other[name]:
+            raise ConfigError(f"study {study!r}: {name!r} is defined twice, differently; rename one")
+    return {**one, **other}
+
+
+def pipeline_mapping(study: Study, scope: Scope, folder: str, run: str) -> Mapping:
+    """The study as a pipeline's YAML, with its run called ``run`` below ``folder``."""
+    training = scope.base["training"]
+    lent = {**training, "cpus_per_worker": TEACHER_CPUS}
+    teachers = {name: {"training": lent, **teacher} for name, teacher in study.teachers.items()}
+    mapping: Mapping = {
+        "name": run,
+        "storage": f"{folder}/data/{scope.source}{'-quick' if scope.quick else ''}",
+        "runs": f"{folder}/runs",
+        "seeds": list(scope.seeds),
+        "data": scope.base["data"],
+        "schema": scope.base["schema"],
+        "schedule": study.schedule,
+        "teachers": teachers,
+        "groups": {
+            name: {**training, "reader": "arrow", **changes}
+            for name, changes in {"students": {}, **study.groups}.items()
+            if any(student.get("group", "students") == name for student in study.students.values())
+        },
+        "students": study.students,
+        "consideration_share": study.consideration_share,
+        "keep_snapshots": 1,
+        "evaluation": {
+            "replicates": scope.replicates,
+            "consideration_share": 1.0 if study.consideration_share else 0.0,
+        },
+        "serving": {"cpus": SERVICE_CPUS},
+        "ray": {"cpus": max(cpu_count(), cpus_needed(study))},
+    }
+    return mapping
+
+
+def cpus_needed(study: Study) -> int:
+    """Logical CPUs for a study's trainers, services and Ray Data tasks side by side; cores are shared by time."""
+    return math.ceil(len(study.teachers) * (TEACHER_CPUS + SERVICE_CPUS) + 1.5 + 0.5 * len(study.groups))
+
+
+def study_config(study: Study, scope: Scope, folder: str, run: str) -> PipelineConfig:
+    """The study as a validated pipeline."""
+    return validate(PipelineConfig, pipeline_mapping(study, scope, folder, run), f"study {study.name}")
+
+
+def fingerprint(study: Study, scope: Scope, student: str, variant: str) -> str:
+    """A hash of all that one variant's numbers depend on; equal ones are not trained again.
+
+    Whether other students are trained beside it does not matter: they share no parameter and no random number.
+    """
+    config = study_config(study.only([(student, variant)]), scope, "", "x")
+    dump = config.dump()
+    read = {
+        column.partition("/")[0]
+        for part in config.students.values()
+        for terms in part.variants.values()
+        for term in terms
+        for column in term.supervision(config.tasks_of(part))
+    }
+    read |= {column.partition("/")[0] for column in config.students[student].reference.values()}
+    dump["teachers"] = {name: teacher for name, teacher in dump["teachers"].items() if name in read}
+    for key in ("ray", "serving", "runs", "storage", "name"):
+        dump.pop(key)
+    text = json.dumps(dump, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""One file a paper: what each of its tables trains and claims."""
