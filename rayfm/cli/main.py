@@ -140,8 +140,27 @@ def report(run_dir: RunFolder) -> None:
 @app.command(name="list")
 def list_(
     what: Annotated[str, typer.Argument(help="models, objectives or sources; by default all.")] = "all",
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="With models: count those of this pipeline.")
+    ] = None,
+    set_: Overrides = None,
+    data: Data = None,
 ) -> None:
     """List the models, objectives and sources that a config can name."""
+    if config is not None or what == "models":
+        from rayfm.config import ConfigError
+        from rayfm.config.quiet import quiet_libraries
+
+        if what not in ("all", "models"):
+            raise ConfigError(f"--config counts a pipeline's models; leave out {what!r}")
+        quiet_libraries()
+        from rayfm.cli.display import console
+        from rayfm.cli.sizes import model_table, pipeline_table
+
+        table, note = model_table() if config is None else pipeline_table(_load(config, set_, data))
+        console.print(table)
+        console.print(f"\n[dim]{note}")
+        return
     from rayfm.cli.display import console, parts_table
 
     console.print(parts_table(what))

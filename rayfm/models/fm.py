@@ -129,7 +129,9 @@ class FactorizationTerms(nn.Module):
 
 @MODELS.register("fm")
 class FM(Model):
-    """``z = b + sum_i w_i x_i + sum_{i<j} <v_i, v_j> x_i x_j``.
+    """A bias, a weight of each feature, and the inner product of every two features' factors.
+
+    ``z = b + sum_i w_i x_i + sum_{i<j} <v_i, v_j> x_i x_j``.
 
     With several tasks, each has its own b and w and its own weights on the E products; the factors are shared. What a
     distillation head shares with the serving head are the factors, so the representation is the factors side by side
