@@ -36,7 +36,25 @@ SIZES: dict[str, dict[str, Any]] = {
     "fmfm": {},
     "deepfm": {"hidden": (16, 12)},
     "dmin": {"interests": 2, "position_dim": 2, "attention": (8,), "hidden": (16, 12)},
+    "dhen": {"layers": 2, "tokens": 2, "dot_hidden": (6,), "cross_rank": 3, "dense": (6,), "hidden": (16, 12)},
+    "interformer": {
+        "layers": 2,
+        "interactions": ("dot", "linear"),
+        "dot_hidden": (6,),
+        "summary_tokens": 2,
+        "recent_tokens": 1,
+        "dense": (6,),
+        "hidden": (16, 12),
+    },
     "two_tower": {"item_features": ("video", "tags", "duration"), "hidden": (16,), "vector_dim": 12},
+    "wukong": {
+        "fm_tokens": 3,
+        "linear_tokens": 2,
+        "rank": 2,
+        "fm_hidden": (6,),
+        "dense": (6,),
+        "hidden": (16, 12),
+    },
 }
 
 

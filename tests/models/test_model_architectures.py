@@ -206,6 +206,42 @@ def test_two_tower_is_an_inner_product_of_what_each_side_reads() -> None:
     assert torch.equal(changed_item, item)
 
 
+def test_the_mlp_top_reads_both_vectors_and_their_product() -> None:
+    model, batch = small_model("two_tower", top="mlp", top_hidden=(9,)), random_batch()
+    user, item = model.vectors(batch)
+    output = model(batch)
+    layer = model.top.layers[0]
+    expected = (torch.cat([user, item, user * item], dim=1) @ layer.weight.T + layer.bias).relu()
+    torch.testing.assert_close(output.representation, expected)
+    torch.testing.assert_close(output.logits["watch"], model.heads(expected)["watch"])
+    assert model.representation_dim == 9
+    assert small_model("two_tower", top="mlp").representation_dim == 12
+    sum(logit.square().sum() for logit in output.logits.values()).backward()
+    assert not [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0]
+
+
+def test_the_mlp_top_takes_heads_as_other_models_do() -> None:
+    sharing = {"type": "mmoe", "experts": 2, "expert_hidden": (5,), "depends_on": {"watch": "click"}}
+    model = small_model("two_tower", top="mlp", head=(6,), multi_task=sharing)
+    logits = model(random_batch()).logits
+    assert list(logits) == list(TASKS)
+    assert model.heads.towers["watch"].hidden.layers[0].in_features == 5 + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"head": (4,)}, "top 'dot' has no 'head'"),
+        ({"top_hidden": (4,)}, "top 'dot' has no 'top_hidden'"),
+        ({"multi_task": {"type": "mmoe"}}, "top 'dot' has no 'multi_task'"),
+        ({"top": "mlp", "temperature": 0.5}, "top 'mlp' has no 'temperature'"),
+    ],
+)
+def test_a_key_of_the_other_top_is_refused(changes: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        small_config("two_tower", **changes)
+
+
 def test_normalised_towers_have_vectors_of_length_one() -> None:
     user, item = small_model("two_tower", normalize=True).vectors(random_batch())
     torch.testing.assert_close(user.norm(dim=1), torch.ones(32))
@@ -231,7 +267,7 @@ def test_task_heads_are_columns_or_towers() -> None:
         TaskHeads(6, ("keys",), hidden=(5,))
 
 
-@pytest.mark.parametrize("module", ["attention", "embeddings", "mlp", "sequences", *KINDS])
+@pytest.mark.parametrize("module", ["attention", "embeddings", "mlp", "sequences", "tokens", *KINDS])
 def test_docstring_examples_run(module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"rayfm.models.{module}"))
     assert result.attempted > 0
