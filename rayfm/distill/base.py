@@ -53,9 +53,13 @@ class ObjectiveConfig(Config):
         """Those of a student's ``tasks`` whose own loss the objective takes the place of."""
         return ()
 
-    def representations(self) -> tuple[str, ...]:
-        """Teachers whose stored representation the objective reads."""
-        return ()
+    def representations(self) -> dict[str, int | None]:
+        """Teachers whose stored representation the objective reads, each with its width where that is known."""
+        return {}
+
+    def with_widths(self, widths: dict[str, int]) -> ObjectiveConfig:
+        """The same config, told the widths of the teachers' representations."""
+        return self
 
     def check(self, schema: Schema, tasks: tuple[str, ...]) -> None:
         """Refuse, before anything is trained, what does not fit a student with these tasks.

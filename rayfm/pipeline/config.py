@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from rayfm.config import Config, ConfigError, apply_override, nearest, read_yaml, validate
 from rayfm.data.config import DataConfig
+from rayfm.data.sources.base import SOURCES
 from rayfm.distill.base import OBJECTIVES, ObjectiveConfig
 from rayfm.distill.build import check_objectives
 from rayfm.models.base import MODELS, ModelConfig
@@ -47,6 +48,9 @@ class TeacherConfig(Config):
     """Last period that it trains on, if not ``schedule.teachers_through``: for the cost of a stale teacher."""
     label_considerations: bool = True
     """Whether considerations get labels too."""
+    store_representation: bool = False
+    """Store the model's representation beside each label, for students' ``representation`` objectives: 4 bytes times
+    its width a row."""
     reference: dict[str, str] = {}
     """Task -> column that considerations are scored against (``logged/<model>/<task>`` or ``truth/<task>``)."""
     calibrate: bool = False
@@ -197,6 +201,7 @@ class PipelineConfig(Config):
                     for column in objective.supervision(self.tasks_of(student)):
                         self._check_column(name, f"variant {variant!r}", column, truth=False)
                 self._check_objectives(f"{name}: variant {variant!r}", student, objectives)
+                self._check_readings(f"{name}: variant {variant!r}", objectives)
         for name, teacher in self.teachers.items():
             for column in (c for o in teacher.objectives for c in o.supervision(self.tasks_of(teacher))):
                 if not column.startswith(LOGGED_PREFIX):
@@ -228,6 +233,25 @@ class PipelineConfig(Config):
             check_objectives(objectives, self.schema_, self.tasks_of(part))
         except ConfigError as error:
             raise ValueError(f"{owner}: {error}") from None
+
+    def _check_readings(self, owner: str, objectives: tuple[ObjectiveConfig, ...]) -> None:
+        """What objectives read beside supervision columns: stored representations, and requests."""
+        source = vars(self.data.source)["type"]
+        for objective in objectives:
+            for teacher in objective.representations():
+                if teacher not in self.teachers:
+                    known = nearest(teacher, list(self.teachers)) or "; no teacher is defined"
+                    raise ValueError(f"{owner} reads a representation, but there is no teacher {teacher!r}{known}")
+                if not self.teachers[teacher].store_representation:
+                    raise ValueError(
+                        f"{owner} reads the representation of {teacher!r}, which is not stored; set "
+                        f"teachers.{teacher}.store_representation: true"
+                    )
+            if objective.needs_requests and SOURCES[source].has_requests is False:
+                raise ValueError(
+                    f"{owner}: objective {objective.label!r} compares rows of one request, and the source {source!r} "
+                    "has no request_id; leave it out"
+                )
 
     def _check_column(self, owner: str, what: str, column: str, truth: bool) -> None:
         head, _, task = column.partition("/")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from rayfm.config import ConfigError
+from rayfm.models.build import build_model
 from rayfm.pipeline.config import LabelsConfig, PipelineConfig, StudentConfig
 from rayfm.training.learner import LearnerConfig
 from rayfm.training.spec import TrainerSpec
@@ -115,6 +118,7 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
     """What each group of students is told."""
     specs = []
     periods = student_periods(config, periods)
+    widths = representation_widths(config)
     for group in sorted({student.group for student in config.students.values()}):
         students = {name: student for name, student in config.students.items() if student.group == group}
         learners = tuple(
@@ -124,7 +128,7 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
                 seed=seed,
                 model=student.model,
                 tasks=config.tasks_of(student),
-                objectives=objectives,
+                objectives=tuple(objective.with_widths(widths) for objective in objectives),
                 reference=student.reference,
                 calibrate=student.calibrate,
             )
@@ -132,6 +136,7 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
             for variant, objectives in student.variants.items()
             for seed in config.seeds
         )
+        represented = {name for learner in learners for name in learner.representations()}
         read = [column for learner in learners for column in (*learner.supervision(), *learner.reference.values())]
         wanted = [student.model.features for student in students.values()]
         names = {name for features in wanted for name in features or ()}
@@ -147,13 +152,30 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
                 trained=trained_periods(periods, config.schedule.students_through),
                 store=config.storage,
                 run_dir=str(config.run_dir),
-                teachers=tuple(name for name in config.teachers if any(c.startswith(f"{name}/") for c in read)),
+                teachers=tuple(
+                    name
+                    for name in config.teachers
+                    if name in represented or any(c.startswith(f"{name}/") for c in read)
+                ),
                 consideration_share=config.consideration_share,
                 evaluated_share=config.evaluation.consideration_share,
                 replicates=config.evaluation.replicates,
             )
         )
     return specs
+
+
+def representation_widths(config: PipelineConfig) -> dict[str, int]:
+    """Width of the representation of each teacher that a student reads one of."""
+    objectives = [o for student in config.students.values() for variant in student.variants.values() for o in variant]
+    names = {name for objective in objectives for name in objective.representations()}
+    return {
+        name: build_model(
+            teacher.model, config.schema_, config.tasks_of(teacher), device=torch.device("meta")
+        ).representation_dim
+        for name, teacher in config.teachers.items()
+        if name in names
+    }
 
 
 def group_labels(config: PipelineConfig, group: str) -> LabelsConfig:
@@ -177,7 +199,7 @@ def teachers_of(config: PipelineConfig) -> dict[str, str]:
     for name, student in config.students.items():
         for objectives in student.variants.values():
             for objective in objectives:
-                for column in objective.supervision(config.tasks_of(student)):
+                for column in (*objective.supervision(config.tasks_of(student)), *objective.representations()):
                     head = column.partition("/")[0]
                     if head in config.teachers:
                         found.setdefault(name, head)

@@ -194,6 +194,7 @@ class Pipeline:
                     handle,
                     considerations=self.config.teachers[teacher].label_considerations,
                     rows_per_request=self.config.serving.rows_per_request,
+                    store_representation=self.config.teachers[teacher].store_representation,
                 )
             finally:
                 stop()

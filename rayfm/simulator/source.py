@@ -32,6 +32,7 @@ class SimulatorSource(Source):
     """
 
     Config = SimulatorConfig
+    has_requests = True
 
     def __init__(self, config: SimulatorConfig, schema: Schema) -> None:
         super().__init__(config, schema)

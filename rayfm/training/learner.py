@@ -64,6 +64,10 @@ class LearnerConfig(Config):
         """Supervision columns that training reads."""
         return tuple(dict.fromkeys(name for o in self.objectives for name in o.supervision(self.tasks)))
 
+    def representations(self) -> dict[str, int]:
+        """Teacher -> width of its stored representation, for those that training reads."""
+        return {name: width for o in self.objectives for name, width in o.representations().items() if width}
+
 
 class DivergenceError(RayfmError):
     """A loss is no longer finite."""

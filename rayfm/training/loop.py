@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from rayfm.config import Config
+from rayfm.config import Config, DataError
 from rayfm.data.batch import CONSIDERATION, IMPRESSION, Batch
 from rayfm.data.encode import Encoder
 from rayfm.data.reader import ArrowReader, RayDataReader, Reader
@@ -119,6 +119,7 @@ class TrainingLoop:
                 self.coordinator.wait_prepared(period)
             self._barrier()
         self.store.check_schema(period, self.spec.schema_)
+        self._check_requests(period)
         if resumed is None and index >= self.spec.first_predicted:
             self._predict(period, parts)
         partial: dict[str, Any] = dict(resumed.partial) if resumed else {}
@@ -150,6 +151,17 @@ class TrainingLoop:
             write_json_atomic(self.spec.folder / "periods" / f"{period}.json", whole.dump())
             self.coordinator.trained(period, versions)
         self._barrier()
+
+    def _check_requests(self, period: str) -> None:
+        """Raises DataError where an objective compares rows of one request and the examples do not know theirs."""
+        for learner in self.spec.learners:
+            for objective in learner.objectives:
+                if objective.needs_requests and "request_id" not in self.store.manifest(period).columns:
+                    raise DataError(
+                        f"{self.store.period_dir(period)}: column 'request_id' is missing, and objective "
+                        f"{objective.label!r} of {learner.key} compares rows of one request; prepare examples that "
+                        "have it, or leave the objective out"
+                    )
 
     # -- predict ------------------------------------------------------------------------------------------------
 
@@ -276,7 +288,8 @@ class TrainingLoop:
     def _training_reader(self, index: int, start: int, labels: dict[str, PinnedLabels]) -> Reader:
         training = self.spec.training
         columns = tuple(dict.fromkeys(c for learner in self.spec.learners for c in learner.supervision()))
-        plan, encoder = self._plan(columns, labels, training.batch_size, self.spec.consideration_share)
+        widths = {name: width for learner in self.spec.learners for name, width in learner.representations().items()}
+        plan, encoder = self._plan(columns, labels, training.batch_size, self.spec.consideration_share, widths)
         if training.reader == "arrow":
             return ArrowReader(plan, encoder, self.rank, self.world)
         if self.spec.teachers:  # labels arrive period by period, and with them their version
@@ -288,12 +301,18 @@ class TrainingLoop:
         return self._ray_reader
 
     def _plan(
-        self, supervision: tuple[str, ...], labels: dict[str, PinnedLabels], batch_size: int, share: float
+        self,
+        supervision: tuple[str, ...],
+        labels: dict[str, PinnedLabels],
+        batch_size: int,
+        share: float,
+        widths: dict[str, int] | None = None,
     ) -> tuple[ReadPlan, Encoder]:
         features = self.spec.features
         if features is not None:  # every model takes its own columns from all the dense ones
             features = (*features, *(f.name for f in self.spec.schema_.features if f.kind == "dense"))
-        encoder = Encoder(self.spec.schema_, features, supervision)
+        representations = tuple((widths or {}).items())
+        encoder = Encoder(self.spec.schema_, features, supervision, representations=representations)
         lookups: list[Lookup] = []
         truth = tuple(name for name in supervision if name.startswith("truth/"))
         if truth:
@@ -304,7 +323,13 @@ class TrainingLoop:
                 lookups.append(self.label_source.lookup(teacher, pinned, tasks))
         logged = [name for name in supervision if name.startswith(LOGGED_PREFIX)]
         columns = tuple(dict.fromkeys([*encoder.columns, "sampling_weight", "request_id", "user_id", *logged]))
-        return ReadPlan(self.store, columns, batch_size, supervision, tuple(lookups), share), encoder
+        stored = tuple(
+            self.label_source.representation(teacher, labels[teacher], width)
+            for teacher, width in representations
+            if teacher in labels and self.label_source is not None
+        )
+        plan = ReadPlan(self.store, columns, batch_size, supervision, tuple(lookups), share, representations, stored)
+        return plan, encoder
 
     # -- publish, checkpoint, report ----------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rayfm.config import Config
-from rayfm.data.steps import Lookup
+from rayfm.data.steps import Lookup, RepresentationLookup
 from rayfm.schema import Schema
 from rayfm.training.config import TrainingConfig
 from rayfm.training.learner import LearnerConfig
@@ -81,4 +81,8 @@ class LabelSource(Protocol):
 
     def lookup(self, teacher: str, labels: PinnedLabels, tasks: tuple[str, ...]) -> Lookup:
         """Supervision columns ``<teacher>/<task>`` from one version's labels."""
+        ...
+
+    def representation(self, teacher: str, labels: PinnedLabels, width: int) -> RepresentationLookup:
+        """The representations, ``width`` wide, that the same version stored."""
         ...
