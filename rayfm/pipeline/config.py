@@ -203,12 +203,13 @@ class PipelineConfig(Config):
                 self._check_objectives(f"{name}: variant {variant!r}", student, objectives)
                 self._check_readings(f"{name}: variant {variant!r}", objectives)
         for name, teacher in self.teachers.items():
-            for column in (c for o in teacher.objectives for c in o.supervision(self.tasks_of(teacher))):
-                if not column.startswith(LOGGED_PREFIX):
-                    raise ValueError(
-                        f"{name}: an objective of a teacher reads {column!r}; a teacher can learn from "
-                        f"'{LOGGED_PREFIX}<model>' alone, since labels are made for students"
-                    )
+            for objective in teacher.objectives:
+                for read in (*objective.supervision(self.tasks_of(teacher)), *objective.representations()):
+                    if not read.startswith(LOGGED_PREFIX):
+                        raise ValueError(
+                            f"{name}: an objective of a teacher reads {read!r}; a teacher can learn from "
+                            f"'{LOGGED_PREFIX}<model>' alone, since labels are made for students"
+                        )
             self._check_objectives(name, teacher, teacher.objectives)
         trainings = [(f"teacher {name}", teacher.training) for name, teacher in self.teachers.items()]
         for name, training in [*trainings, *((f"group {name}", group) for name, group in self.groups.items())]:
