@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from pathlib import Path
 
-from rayfm.cli.display import Display, console
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from rayfm.cli.display import console
 from rayfm.config import ConfigError
 from rayfm.config.quiet import quiet_libraries
-from rayfm.pipeline.config import PipelineConfig
-from rayfm.pipeline.stream import Watch
-
-
-class Studies:
-    """Shows one study after another."""
-
-    def __init__(self) -> None:
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> Studies:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def started(self, config: PipelineConfig, number: int, count: int) -> Callable[[Watch], None]:
-        """Close the display of the study before, and open this one's."""
-        self._stack.close()
-        console.print(f"study {number} of {count}")
-        return self._stack.enter_context(Display(config)).update
 
 
 def reproduce_and_show(
@@ -43,6 +23,7 @@ def reproduce_and_show(
     quiet_libraries()
     from rayfm.reproduce.html import write_tables
     from rayfm.reproduce.run import reproduce
+    from rayfm.reproduce.runner import Progress
     from rayfm.reproduce.show import show
     from rayfm.reproduce.table import TABLES
 
@@ -50,8 +31,21 @@ def reproduce_and_show(
         numbers = tuple(int(seed) for seed in seeds.split(","))
     except ValueError:
         raise ConfigError(f"--seeds {seeds!r}: give whole numbers separated by commas, e.g. 1,2,3") from None
-    with Studies() as studies:
-        done = reproduce(names, source, data, quick, numbers, folder, studies.started)
+    console.print(f"reproducing in {folder} (starting Ray takes a while)")
+    bars = Bars(
+        TextColumn("{task.description:<34}"), BarColumn(bar_width=22), TaskProgressColumn(), TimeElapsedColumn(),
+        console=console, refresh_per_second=2,
+    )  # fmt: skip
+    tasks: dict[str, TaskID] = {}
+
+    def watch(studies: list[Progress]) -> None:
+        for study in studies:
+            if study.study not in tasks:
+                tasks[study.study] = bars.add_task(f"{study.study} ({study.models} models)", total=study.total)
+            bars.update(tasks[study.study], completed=study.done)
+
+    with bars:
+        done = reproduce(names, source, data, quick, numbers, folder, watch)
     for result in done.results:
         show(result, TABLES[result.name].title, console)
     for name, reason in done.left_out.items():

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from rayfm.config import ConfigError, nearest
-from rayfm.reproduce.runner import Runner, Started
+from rayfm.reproduce.runner import Runner, Watch
 from rayfm.reproduce.scope import SIMULATOR, open_scope
 from rayfm.reproduce.study import Study, merge
 from rayfm.reproduce.table import TABLES, Result, Table
@@ -32,7 +32,7 @@ def reproduce(
     quick: bool = False,
     seeds: tuple[int, ...] = (1, 2, 3),
     folder: str | Path = "runs/reproduce",
-    started: Started | None = None,
+    watch: Watch | None = None,
 ) -> Reproduced:
     """Reproduce tables. Tables on one source share teachers and readers, and nothing is trained twice.
 
@@ -43,7 +43,7 @@ def reproduce(
         quick: everything small, to see that it works; the numbers mean nothing.
         seeds: student seeds.
         folder: where data and runs lie.
-        started: called before each run of a study.
+        watch: called twice a second while studies run.
 
     Raises:
         ConfigError: an unknown table or source, or one table alone that the source cannot fill.
@@ -70,6 +70,6 @@ def reproduce(
                 if len(tables) == 1:
                     raise
                 left_out[name] = str(error)
-        seconds += runner.run(merge(study for studies in wanted.values() for study in studies), started)
+        seconds += runner.run(merge(study for studies in wanted.values() for study in studies), watch)
         results |= {name: members[name].fill(scope, runner) for name in wanted}
     return Reproduced([results[name] for name in tables if name in results], left_out, seconds)

@@ -1,27 +1,50 @@
-"""Runs studies, each variant once: what an earlier call trained is found by its fingerprint."""
+"""Runs studies, each variant once: what an earlier call trained is found by its fingerprint.
+
+A study is one Ray task: small data is trained faster than a worker group starts, and a machine has as many studies
+under way as it has cores.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from rayfm.config import RayfmError, errors
 from rayfm.data.store import write_json_atomic
 from rayfm.metrics import Comparison, Entry, MetricState
 from rayfm.pipeline.config import PipelineConfig
+from rayfm.pipeline.here import run_here
 from rayfm.pipeline.plan import TEACHER_VARIANT
 from rayfm.pipeline.session import ray_session
-from rayfm.pipeline.stream import Pipeline, Watch
+from rayfm.pipeline.stream import Pipeline
 from rayfm.reproduce.scope import Scope
 from rayfm.reproduce.study import Study, fingerprint, study_config
 
 DONE = "trained.json"
 """Written into a run's folder when it is complete: what it trained, by fingerprint."""
 
-Started = Callable[[PipelineConfig, int, int], Callable[[Watch], None] | None]
-"""Called before each run with its config, its number and their count; returns what watches it."""
+POLL_S = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a study is."""
+
+    study: str
+    models: int
+    """Teachers, and students in all variants and seeds."""
+    done: float
+    """Periods of all its trainers that are done, fractions included."""
+    total: int
+
+
+Watch = Callable[[list[Progress]], None]
+"""Called twice a second while studies run."""
 
 
 class Runner:
@@ -43,35 +66,54 @@ class Runner:
         """The part of a study that no run has trained."""
         return study.only(v for v in study.variants if fingerprint(study, self.scope, *v) not in self._found)
 
-    def run(self, studies: list[Study], started: Started | None = None) -> float:
-        """Train what is missing of the studies, one after another; returns the seconds it took.
+    def run(self, studies: list[Study], watch: Watch | None = None) -> float:
+        """Train what is missing of the studies; returns the seconds it took.
 
         Raises:
-            RayfmError: the first failure.
+            RayfmError: the first failure; the studies that are under way then are ended.
         """
         begin = time.perf_counter()
         left = [part for study in studies if (part := self.missing(study)).students]
         if left:
-            ray = max((self._config(study).ray for study in left), key=lambda config: config.cpus or 0.0)
-            with ray_session(ray):
-                for number, study in enumerate(left, 1):
-                    config = self._config(study)
-                    watch = started(config, number, len(left)) if started else None
-                    self._run(study, config, watch)
+            configs = [self._config(study) for study in left]
+            with ray_session(configs[0].ray):
+                self._run(left, configs, watch)
         return time.perf_counter() - begin
+
+    def _run(self, studies: list[Study], configs: list[PipelineConfig], watch: Watch | None) -> None:
+        import ray
+
+        pipelines = [Pipeline(config) for config in configs]
+        pipelines[0].prepare()
+        # The longest first, so that the last one to end is a short one.
+        order = sorted(range(len(studies)), key=lambda i: -_size(pipelines[i]))
+        task = ray.remote(_study_task).options(num_cpus=1, max_retries=2)
+        running = {task.remote(configs[i].dump()): i for i in order}
+        try:
+            while running:
+                done, _ = ray.wait(list(running), timeout=POLL_S)
+                for reference in done:
+                    number = running.pop(reference)
+                    failure = ray.get(reference)
+                    if failure is not None:
+                        kind, text = failure
+                        raise getattr(errors, kind, RayfmError)(f"study {studies[number].name}: {text}")
+                    self._keep(studies[number], configs[number])
+                if watch is not None:
+                    watch([_progress(s, p) for s, p in zip(studies, pipelines, strict=True)])
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+
+    def _keep(self, study: Study, config: PipelineConfig) -> None:
+        keys = [fingerprint(study, self.scope, *v) for v in study.variants]
+        write_json_atomic(config.run_dir / DONE, {"study": study.name, "fingerprints": keys})
+        self._found |= dict.fromkeys(keys, config.run_dir)
 
     def _config(self, study: Study) -> PipelineConfig:
         keys = sorted(fingerprint(study, self.scope, *v) for v in study.variants)
-        name = f"{study.name}-{self.scope.source}-{_short(keys)}".replace("/", "-")
-        return study_config(study, self.scope, str(self.folder), name)
-
-    def _run(self, study: Study, config: PipelineConfig, watch: Callable[[Watch], None] | None) -> None:
-        keys = [fingerprint(study, self.scope, *v) for v in study.variants]
-        pipeline = Pipeline(config)
-        pipeline.open(resume=True, overwrite=False)  # a run that was broken off goes on
-        pipeline.run(watch)
-        write_json_atomic(pipeline.run_dir / DONE, {"study": study.name, "fingerprints": keys})
-        self._found |= dict.fromkeys(keys, pipeline.run_dir)
+        digest = hashlib.sha256(" ".join(keys).encode()).hexdigest()[:10]
+        return study_config(study, self.scope, str(self.folder), f"{study.name}-{self.scope.source}-{digest}")
 
     # -- what they left -----------------------------------------------------------------------------------------
 
@@ -111,5 +153,21 @@ def _entry(folder: Path, model: str, variant: str, seed: int, period: str) -> En
     return Entry(model, variant, seed, period, state, json.loads((folder / "rates.json").read_text()))
 
 
-def _short(keys: list[str]) -> str:
-    return hashlib.sha256(" ".join(keys).encode()).hexdigest()[:10]
+def _study_task(config: dict[str, Any]) -> tuple[str, str] | None:
+    """Run one study in a Ray task; what went wrong comes back as (type, message), since Ray keeps neither."""
+    try:
+        run_here(PipelineConfig.model_validate(config))
+    except RayfmError as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def _size(pipeline: Pipeline) -> int:
+    return sum(len(spec.periods) * len(spec.learners) for spec in pipeline.specs)
+
+
+def _progress(study: Study, pipeline: Pipeline) -> Progress:
+    trained = pipeline.watch().trained
+    models = sum(len(spec.learners) for spec in pipeline.specs)
+    done = sum(trained[spec.name][0] * len(spec.learners) for spec in pipeline.specs)
+    return Progress(study.name, models, done, _size(pipeline))

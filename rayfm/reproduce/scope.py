@@ -110,7 +110,7 @@ def open_scope(source: str, data: str | None = None, seeds: tuple[int, ...] = (1
     item = mapping["students"]["two_tower"]["model"]["item_features"]
     features = mapping["students"]["fm"]["model"].get("features")
     cheap = tuple(features or (feature["name"] for feature in mapping["schema"]["features"]))
-    training = dict(mapping["groups"]["students"])
+    training = {**mapping["groups"]["students"], "reader": "arrow"}
     if quick:
         lanes = config.data.lanes
         training |= {"batch_size": 32 * lanes, "predict_batch_size": 512 * lanes}

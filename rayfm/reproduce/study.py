@@ -5,16 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterable
 
 from rayfm.config import ConfigError, validate
 from rayfm.pipeline.config import PipelineConfig
-from rayfm.pipeline.stream import cpu_count
 from rayfm.reproduce.scope import Mapping, Scope
-
-TEACHER_CPUS, SERVICE_CPUS = 0.2, 0.1
-"""Small shares, so that a study with four teachers fits two cores; a machine with more runs them no slower."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +84,7 @@ def _union(study: str, one: Mapping, other: Mapping) -> Mapping:
 def pipeline_mapping(study: Study, scope: Scope, folder: str, run: str) -> Mapping:
     """The study as a pipeline's YAML, with its run called ``run`` below ``folder``."""
     training = scope.base["training"]
-    lent = {**training, "cpus_per_worker": TEACHER_CPUS}
-    teachers = {name: {"training": lent, **teacher} for name, teacher in study.teachers.items()}
+    teachers = {name: {"training": training, **teacher} for name, teacher in study.teachers.items()}
     mapping: Mapping = {
         "name": run,
         "storage": f"{folder}/data/{scope.source}{'-quick' if scope.quick else ''}",
@@ -101,7 +95,7 @@ def pipeline_mapping(study: Study, scope: Scope, folder: str, run: str) -> Mappi
         "schedule": study.schedule,
         "teachers": teachers,
         "groups": {
-            name: {**training, "reader": "arrow", **changes}
+            name: {**training, **changes}
             for name, changes in {"students": {}, **study.groups}.items()
             if any(student.get("group", "students") == name for student in study.students.values())
         },
@@ -112,15 +106,8 @@ def pipeline_mapping(study: Study, scope: Scope, folder: str, run: str) -> Mappi
             "replicates": scope.replicates,
             "consideration_share": 1.0 if study.consideration_share else 0.0,
         },
-        "serving": {"cpus": SERVICE_CPUS},
-        "ray": {"cpus": max(cpu_count(), cpus_needed(study))},
     }
     return mapping
-
-
-def cpus_needed(study: Study) -> int:
-    """Logical CPUs for a study's trainers, services and Ray Data tasks side by side; cores are shared by time."""
-    return math.ceil(len(study.teachers) * (TEACHER_CPUS + SERVICE_CPUS) + 1.5 + 0.5 * len(study.groups))
 
 
 def study_config(study: Study, scope: Scope, folder: str, run: str) -> PipelineConfig:

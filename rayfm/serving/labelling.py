@@ -24,6 +24,7 @@ from rayfm.labels.pins import Pin
 from rayfm.labels.store import LabelStore
 from rayfm.models.base import MODELS
 from rayfm.schema import EXAMPLE_ID, TRAFFIC, WEIGHTS_SUFFIX, Kind, Schema
+from rayfm.serving.teacher import TeacherHere
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata.base import MetadataStore
 from rayfm.training.spec import PinnedLabels
@@ -102,7 +103,7 @@ def label_period(
         model, version: its snapshot.
         period: a complete period, after the last one that the snapshot was trained on.
         tasks: what to label.
-        handle: the teacher service's handle.
+        handle: the teacher service's handle, or a `TeacherHere`, which scores in this process and needs no Ray.
         considerations: whether considerations are labelled too.
         rows_per_request: rows of one call to the service.
         cpus_per_task: CPUs of a reading task.
@@ -143,8 +144,12 @@ def label_period(
         return pa.table({"record": pa.array(records, pa.string()), "refused": none, "why": none})
 
     def write_lanes(block: pa.Table) -> list[str]:
+        kinds, numbers = (block[name].to_pylist()[0] for name in ("kinds", "lanes"))
+        return write_part(list(zip(kinds, numbers, strict=True)))
+
+    def write_part(part: list[tuple[Kind, int]]) -> list[str]:
         records = []
-        for kind, lane in zip(block["kinds"].to_pylist()[0], block["lanes"].to_pylist()[0], strict=True):
+        for kind, lane in part:
             path = str(store.lane_path(period, kind, lane))
             record = write_lane_file(
                 root,
@@ -168,7 +173,10 @@ def label_period(
     share = max(1, -(-len(lanes) // tasks_wanted))
     work = [lanes[start : start + share] for start in range(0, len(lanes), share)]
     records: list[LaneRecord] = []
-    if work:
+    if work and isinstance(handle, TeacherHere):
+        texts = [record for part in work for record in write_part(part)]
+        records = [LaneRecord.model_validate_json(text) for text in texts]
+    elif work:
         with quiet_ray_data():
             # from_items, not from_arrow: that one runs a task of a whole CPU, which a small machine never has free.
             dataset = ray.data.from_items(

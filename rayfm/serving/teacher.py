@@ -131,6 +131,43 @@ def conform_request(encoder: Encoder, table: pa.Table) -> pa.Table:
     return pa.table(columns)
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A response that is there already; looks like the one of a Serve handle."""
+
+    value: tuple[str, pa.Table]
+
+    def result(self) -> tuple[str, pa.Table]:
+        """(version, predictions)."""
+        return self.value
+
+
+class TeacherHere:
+    """A teacher in this process, asked like its service's handle: ``handle.score.remote(table, version).result()``.
+
+    For data so small that starting a service takes longer than scoring.
+
+    Args:
+        root: folder that holds ``snapshots/``.
+        model: the model's key in the snapshot store.
+    """
+
+    def __init__(self, root: str, model: str) -> None:
+        self._store, self._model = SnapshotStore(root), model
+        self._loaded: LoadedVersion | None = None
+        self.score = self
+
+    def remote(self, table: pa.Table, version: str, representation: bool = False) -> Answer:
+        """Predictions of a version for ``table``, as `score_table`.
+
+        Raises:
+            SnapshotError: the version cannot be loaded.
+        """
+        if self._loaded is None or self._loaded.version != version:
+            self._loaded = load_version(self._store, self._model, version)
+        return Answer((version, score_table(self._loaded, table, representation=representation)))
+
+
 class TeacherService:
     """One replica. A request names the version that it wants; a replica loads it beside the one that answers.
 

@@ -272,6 +272,67 @@ class ExFMFig9(Table):
         return Result("exfm-fig9", ("age", "method"), ("auc", "ne"), rows, judge(claims), [], figure)
 
 
+BIASES: dict[str, str] = {
+    "fresh": "fresh, calibrated",
+    "shifted": "+0.7 on its logits",
+    "stale": "stopped before the test days",
+    "foreign": "another domain's",
+}
+"""Teacher -> what is wrong with it."""
+
+
+@TABLES.register("teacher-bias")
+class TeacherBias(Table):
+    """Direct distillation, auxiliary head and adapter, as the teacher's bias grows."""
+
+    title = "ExFM sections 3.3 and 3.4: what the auxiliary head and the adapter do about a biased teacher"
+
+    def _teachers(self, scope: Scope) -> Mapping:
+        tasks, days = scope.has_tasks(CLICK, "long_view"), progressive(scope)
+        last_warmup = scope.periods[days["warmup"] - 1]
+        foreign = DOMAINS.get(scope.source, scope.traffics)[-1]
+        return {
+            "fresh": teacher(scope, "dcnv2", tasks),
+            "shifted": teacher(scope, "dcnv2", tasks, logit_shift=0.7),
+            "stale": teacher(scope, "dcnv2", tasks, through=last_warmup),
+            "foreign": teacher(scope, "dcnv2", tasks, traffics=[foreign]),
+        }
+
+    def studies(self, scope: Scope) -> list[Study]:
+        teachers = self._teachers(scope)
+        variants: Mapping = {"none": []}
+        for name in teachers:
+            variants |= {f"{method}-{name}": terms(name) for method, terms in METHODS.items()}
+        students = {name: student(scope, name, variants) for name in ("fm", "deepfm")}
+        return [Study("bias", progressive(scope), teachers, students)]
+
+    def fill(self, scope: Scope, runner: Runner) -> Result:
+        rows, claims = [], []
+        for name in ("fm", "deepfm"):
+            comparison = runner.comparison(self.studies(scope), name)
+            contest, mean = (Contest(comparison, name, metric, CLICK) for metric in ("ne", "miscalibration"))
+            rows.append(
+                Row((name, "-", METHOD_NAMES["none"]), (None, None), contest.values("none", "ne", "calibration"))
+            )
+            for source in BIASES:
+                for method in METHODS:
+                    ours = contest.values(f"{method}-{source}", "ne", "calibration")
+                    rows.append(Row((name, source, METHOD_NAMES[method]), (None, None), ours))
+                if source == "fresh":
+                    continue
+                where = f"{name}, {source} teacher"
+                good, bad, best = (f"{method}-{source}" for method in ("auxiliary", "direct", "aux_adapter"))
+                claims += [
+                    contest.better(f"{where}: auxiliary head ahead of direct", good, bad),
+                    mean.better(f"{where}: auxiliary head better calibrated than direct", good, bad),
+                    contest.better(f"{where}: the adapter adds to the auxiliary head", best, good),
+                ]
+        notes = ["; ".join(f"{name}: {text}" for name, text in BIASES.items()) + "."]
+        return Result(
+            "teacher-bias", ("student", "teacher", "method"), ("ne", "calibration"), rows, judge(claims), notes
+        )
+
+
 GRID = tuple((lw, ls, gs) for lw in (1, 10, 100) for ls in (1, 10) for gs in (1, 10))
 
 

@@ -1,0 +1,49 @@
+"""The main job in one process, part after part: for many small runs side by side, each of which is one Ray task."""
+
+from __future__ import annotations
+
+from rayfm.config import RayfmError
+from rayfm.data.prepare import missing_periods
+from rayfm.pipeline.config import PipelineConfig
+from rayfm.pipeline.plan import periods_to_label, teacher_key
+from rayfm.pipeline.stream import Pipeline
+from rayfm.serving.labelling import StoredLabels
+from rayfm.serving.teacher import TeacherHere
+from rayfm.training.spec import TrainerSpec
+from rayfm.training.trainer import fit_here
+
+
+def run_here(config: PipelineConfig) -> Pipeline:
+    """Train the teachers, label, train the students; the periods must be prepared. Goes on where it was broken off.
+
+    The loops, the label store and the snapshots are those of a run on Ray; only the worker groups and the teacher
+    services are not started. Every trainer has one worker.
+
+    Args:
+        config: the pipeline's config.
+
+    Raises:
+        RayfmError: a period is not prepared, or a part failed.
+    """
+    pipeline = Pipeline(config)
+    pipeline.open(resume=True, overwrite=False)
+    missing = missing_periods(pipeline.source, config.schema_, pipeline.store, config.data.lanes)
+    absent = [period for period in pipeline.periods if period in {source.name for source in missing}]
+    if absent:
+        raise RayfmError(f"{pipeline.store.root}: period {absent[0]} is not prepared; run `rayfm prepare` first")
+    for spec in pipeline.teacher_specs:
+        _train(pipeline, spec)
+    for teacher in config.teachers:
+        wanted = periods_to_label(config, pipeline.periods, teacher)
+        if wanted:
+            handle = TeacherHere(str(pipeline.run_dir), teacher_key(config, teacher))
+            pipeline.label(teacher, handle, wanted, timeout=0.0)
+    for spec in pipeline.student_specs:
+        _train(pipeline, spec)
+    return pipeline
+
+
+def _train(pipeline: Pipeline, spec: TrainerSpec) -> None:
+    labels = StoredLabels(str(pipeline.run_dir), pipeline.metadata, spec.name)
+    fit_here(spec, pipeline.coordinator(spec, prepare_timeout=0.0, alone=True), labels)
+    pipeline.tickets.check()
