@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -168,3 +169,55 @@ def labels_table(run_dir: Path) -> Table:
     for names, count in rows.items():
         table.add_row(*names, f"{count:,}")
     return table
+
+
+def _values(values: dict[str, Any]) -> str:
+    """Values by the shortest ends of their keys that tell them apart."""
+    keys = [key.split(".") for key in values]
+    shown = []
+    for parts, value in zip(keys, values.values(), strict=True):
+        depth = next(
+            n
+            for n in range(1, len(parts) + 1)
+            if sum(other[-n:] == parts[-n:] for other in keys) == 1 or n == len(parts)
+        )
+        shown.append(f"{'.'.join(parts[-depth:])}={value}")
+    return escape(", ".join(shown))
+
+
+def ended_trial(records: list[Any], trials: int) -> str:
+    """A line about the trial that ended last."""
+    ended = [record for record in records if record.data["ended"] is not None]
+    last = max(ended, key=lambda record: record.data["started"] + record.data["seconds"])
+    score = f"{list(last.scores.values())[-1]:.5f}" if last.scores else escape(last.data["error"] or "-")
+    return f"trial {len(ended)}/{trials} {last.data['ended']}: {score}  [dim]{_values(last.values)}[/dim]"
+
+
+def trial_table(result: Any) -> Table:
+    """The trials of a search, best first."""
+    target = result.target
+    title = f"{target.metric} of {target.name}, task {target.task}, on {result.periods[0]} .. {result.periods[-1]}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in (target.metric, "periods", "trial", "seconds"):
+        table.add_column(column, justify="right" if column != "trial" else "left", no_wrap=True)
+    table.add_column("values", overflow="fold")
+    for record in result.trials:
+        score = f"{list(record.scores.values())[-1]:.5f}" if record.scores else "-"
+        error = f" [dim]({escape(record.data['error'])})[/dim]" if record.data["error"] else ""
+        table.add_row(
+            score,
+            f"{len(record.scores)}/{len(result.periods)}",
+            record.data["ended"] or "unfinished",
+            f"{record.data['seconds']:.1f}",
+            _values(record.values) + error,
+        )
+    return table
+
+
+def print_search(result: Any, config: Path) -> None:
+    """The trials, and how to run with the best one's values."""
+    console.print(trial_table(result))
+    here = Path.cwd()
+    shown = result.best.relative_to(here) if result.best.is_relative_to(here) else result.best
+    console.print(f"Best values: {shown}", soft_wrap=True)
+    console.print(f"rayfm run {config} --set @{shown}", soft_wrap=True)

@@ -28,7 +28,10 @@ app.add_typer(labels_app, name="labels")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The pipeline's YAML file.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set seeds=[1,2,3].")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key, e.g. --set seeds=[1,2,3]; @FILE lays a YAML file over all."
+    ),
 ]
 Data = Annotated[str | None, typer.Option("--data", metavar="FOLDER", help="Where the source's logs are.")]
 Periods = Annotated[list[str] | None, typer.Option("--period", help="Only this period (may be given several times).")]
@@ -128,6 +131,45 @@ def evaluate(
 
 
 @app.command()
+def tune(
+    config: ConfigFile,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            metavar="KEY=SPACE",
+            help="What to search, e.g. --param 'groups.students.dense.lr=loguniform(1e-4, 1e-2)'.",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The student or teacher to tune.")] = None,
+    variant: Annotated[str | None, typer.Option("--variant", help="Its variant.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="The task that is scored.")] = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="ne (default), ne_train, logloss, rmse, auc.")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Trials in all.")] = None,
+    concurrent: Annotated[int | None, typer.Option("--concurrent", help="Trials at once.")] = None,
+    search: Annotated[str | None, typer.Option("--search", help="tpe (default) or random.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a search that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget an earlier search for this model.")] = False,
+    set_: Overrides = None,
+    data: Data = None,
+) -> None:
+    """Search config keys on Ray Tune, scored on the warm-up periods alone."""
+    from rayfm.cli.display import console, ended_trial, print_search
+    from rayfm.config.quiet import quiet_libraries
+
+    quiet_libraries()
+    from rayfm.pipeline.tune import load_search
+    from rayfm.pipeline.tune import tune as search_values
+
+    options = {"model": model, "variant": variant, "task": task, "metric": metric, "trials": trials}
+    options |= {"concurrent": concurrent, "search": search}
+    loaded = load_search(config, param, {key: value for key, value in options.items() if value is not None}, set_, data)
+    wanted = loaded.tune.trials if loaded.tune is not None else 0
+    result = search_values(loaded, resume, overwrite, lambda records: console.print(ended_trial(records, wanted)))
+    print_search(result, config)
+
+
+@app.command()
 def report(run_dir: RunFolder) -> None:
     """Write report.html from what a run left, and print its table."""
     from rayfm.cli.display import print_summary
@@ -164,6 +206,25 @@ def list_(
     from rayfm.cli.display import console, parts_table
 
     console.print(parts_table(what))
+
+
+@app.command()
+def reproduce(
+    table: Annotated[list[str], typer.Argument(help="Tables, or all (rayfm list tables).", show_default=False)],
+    source: Annotated[
+        str | None, typer.Option("--source", help="A source's name or a pipeline's YAML file; by default each table's.")
+    ] = None,
+    data: Data = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Everything small: shows that it works, not what holds.")
+    ] = False,
+    seeds: Annotated[str, typer.Option("--seeds", help="Student seeds, separated by commas.")] = "1,2,3",
+    folder: Annotated[Path, typer.Option("--folder", help="Where data and runs lie.")] = Path("runs/reproduce"),
+) -> None:
+    """Reproduce the papers' tables: their numbers beside ours, and how many of their signs held."""
+    from rayfm.cli.reproduced import reproduce_and_show
+
+    reproduce_and_show(table, source, data, quick, seeds, folder)
 
 
 @app.command()

@@ -71,10 +71,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def apply_override(data: dict[str, Any], assignment: str) -> None:
     """Apply one ``--set a.b.0.c=value`` in place; the value is read as YAML, list items are addressed by position.
+    ``--set @FILE`` applies a YAML file of overrides, which is laid over ``data`` key by key (a list replaces a list).
 
     Raises:
         ConfigError: no ``=``, the value is not YAML, or the path runs through something that is not a mapping or list.
     """
+    if assignment.startswith("@"):
+        _lay_over(data, read_yaml(assignment[1:]))
+        return
     path, separator, text = assignment.partition("=")
     keys = path.strip().split(".")
     if not separator or not all(keys):
@@ -84,24 +88,42 @@ def apply_override(data: dict[str, Any], assignment: str) -> None:
     except (yaml.YAMLError, ConfigError) as error:
         reason = getattr(error, "problem", None) or error
         raise ConfigError(f"--set {assignment!r}: the value is not valid YAML ({reason})") from None
+    set_key(data, path.strip(), value, f"--set {assignment!r}")
+
+
+def set_key(data: dict[str, Any], path: str, value: Any, where: str) -> None:
+    """Set the value at a dotted path in place; mappings on the way are made, ``where`` opens each message.
+
+    Raises:
+        ConfigError: the path runs through something that is not a mapping or list.
+    """
     here: Any = data
+    keys = path.split(".")
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
-        where = ".".join(keys[: depth + 1])
+        so_far = ".".join(keys[: depth + 1])
         if isinstance(here, list):
             if not key.isdigit() or int(key) >= len(here):
-                raise ConfigError(f"--set {assignment!r}: {where!r} is not a position in a list of {len(here)}")
+                raise ConfigError(f"{where}: {so_far!r} is not a position in a list of {len(here)}")
             index: Any = int(key)
         elif isinstance(here, dict):
             index = key
             if not last and here.get(key) is None:
                 here[key] = {}
         else:
-            raise ConfigError(f"--set {assignment!r}: {'.'.join(keys[:depth])!r} is a value, not a mapping")
+            raise ConfigError(f"{where}: {'.'.join(keys[:depth])!r} is a value, not a mapping")
         if last:
             here[index] = value
         else:
             here = here[index]
+
+
+def _lay_over(data: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            _lay_over(data[key], value)
+        else:
+            data[key] = value
 
 
 def validate(cls: type[ConfigT], data: dict[str, Any], origin: str = "config") -> ConfigT:

@@ -13,6 +13,7 @@ from rayfm.data.sources.base import SOURCES
 from rayfm.distill.base import OBJECTIVES, ObjectiveConfig
 from rayfm.distill.build import check_objectives
 from rayfm.models.base import MODELS, ModelConfig
+from rayfm.pipeline.tune_config import TuneConfig
 from rayfm.schema import LOGGED_PREFIX, Schema
 from rayfm.training.config import TrainingConfig
 
@@ -152,6 +153,8 @@ class PipelineConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     serving: ServingConfig = ServingConfig()
     ray: RayConfig = RayConfig()
+    tune: TuneConfig | None = None
+    """What `rayfm tune` searches; a run does not read it."""
 
     @property
     def run_dir(self) -> Path:

@@ -280,7 +280,7 @@ class Pipeline:
 
     def _same_config(self, saved: Path) -> None:
         before, now = yaml.safe_load(saved.read_text()), self.config.dump()
-        for key in ("ray", "runs", "storage"):
+        for key in ("ray", "runs", "storage", "tune"):
             before.pop(key, None)
             now.pop(key, None)
         key = ".".join(_first_difference(before, now))
