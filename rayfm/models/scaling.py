@@ -1,7 +1,7 @@
 """Scale: one number that makes a model larger or smaller, e.g. a teacher twice its student.
 
-Khani et al. (section on teacher size, Table 2) distil from teachers 2x and 4x the size of their student, without saying
-what is twice as large. Here it is every width.
+Khani et al. (section 3, Table 2) distil from teachers 2x and 4x the size of their student, without saying what is twice
+as large. Here it is every width.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def model_size(config: ModelConfig, schema: Schema, tasks: tuple[str, ...]) -> M
         ConfigError: the model cannot be built.
     """
     nothing = build_model(config, schema, tasks, device=torch.device("meta"))
-    tables = sum(parameter.numel() for parameter in _table_parameters(nothing))
+    tables = sum(parameter.numel() for parameter in table_parameters(nothing))
     small = {name: table.model_copy(update={"rows": min(table.rows, 8)}) for name, table in schema.tables.items()}
     schema = schema.model_copy(update={"tables": small})
     # A view of a parameter that a module returns stops the flop counter where it could have a gradient.
@@ -156,6 +156,7 @@ def reference_config(kind: str) -> ModelConfig:
     return config
 
 
-def _table_parameters(model: nn.Module) -> list[nn.Parameter]:
+def table_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The tables of a model's embedding collections."""
     collections = (EmbeddingBagCollectionInterface, EmbeddingCollectionInterface)
     return [p for module in model.modules() if isinstance(module, collections) for p in module.parameters()]

@@ -1,9 +1,11 @@
 """Two towers: a user vector and an item vector whose inner product is the logit, so that items can be indexed.
 
 Sources: Huang et al., Learning Deep Structured Semantic Models for Web Search, CIKM 2013; Yi et al., Sampling-Bias-
-Corrected Neural Modeling for Large Corpus Item Recommendations, RecSys 2019, section 3 (normalisation, temperature).
+Corrected Neural Modeling for Large Corpus Item Recommendations, RecSys 2019, section 3 (normalisation, temperature);
+He et al., Neural Collaborative Filtering, WWW 2017, section 3.4 (products beside an MLP of both vectors, for the top).
 
-Shape letters: B examples, F embedded features, E embedding dimension, V width of the towers' vectors, T tasks.
+Shape letters: B examples, F embedded features, E embedding dimension, V width of the towers' vectors, T tasks,
+H representation.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from torch.nn import functional
 
 from rayfm.config import ConfigError
 from rayfm.data.batch import Batch
-from rayfm.models.base import MODELS, Model, ModelConfig, ModelOutput
+from rayfm.models.backbone import DeepConfig
+from rayfm.models.base import MODELS, Model, ModelOutput
 from rayfm.models.embeddings import DenseFeatures, FeatureEmbeddings, select_features
 from rayfm.models.fm import ProductHeads
+from rayfm.models.heads import TaskHeads
 from rayfm.models.mlp import MLP, per_task
 from rayfm.models.scaling import Width, Widths
 from rayfm.schema import Feature, Schema
@@ -44,7 +48,7 @@ class Tower(nn.Module):
         self._dense = [position for position, name in enumerate(dense) if name in names]
         self._normalize = config.normalize
         in_dim = len(self._embedded) * config.embedding_dim + len(self._dense)
-        self.mlp = MLP(in_dim, config.hidden, config.dropout, config.layer_norm)
+        self.mlp = config.mlp(in_dim, config.hidden)
         self.output = nn.Linear(self.mlp.out_dim, config.vector_dim)
 
     def forward(self, embeddings: tuple[Tensor, ...], dense: tuple[Tensor, ...]) -> Tensor:
@@ -61,12 +65,18 @@ class Tower(nn.Module):
 
 @MODELS.register("two_tower")
 class TwoTower(Model):
-    """``z_t = sum_v (user * item)_v a_tv / temperature + b_t``.
+    """A user vector and an item vector, with an inner product or an MLP on top.
 
-    With one task, a = 1: a plain inner product. With several, each task weighs the coordinates; multiplied into the
-    user's vector, that gives the task's query against the same item vectors. Features that neither tower's list names
-    (the context) go to the user tower. One look-up serves both towers, so that a table may be shared between them (the
-    item's id and the items that the user watched). The representation is the products before their sum, H = V.
+    The top ``dot`` is ``z_t = sum_v (user * item)_v a_tv / temperature + b_t``. With one task, a = 1: a plain inner
+    product. With several, each task weighs the coordinates; multiplied into the user's vector, that gives the task's
+    query against the same item vectors. The representation is the products before their sum, H = V.
+
+    The top ``mlp`` reads user vector, item vector and their product, ``[B, 3 V]``; its last layer is the representation
+    that the tasks' heads read. Its logit is no inner product, so items cannot be indexed for retrieval: it is for
+    stages that score given candidates, where vectors may still be computed once and kept.
+
+    Features that neither tower's list names (the context) go to the user tower. One look-up serves both towers, so that
+    a table may be shared between them (the item's id and the items that the user watched).
 
     Example::
 
@@ -85,7 +95,7 @@ class TwoTower(Model):
         (torch.Size([4, 8]), torch.Size([4, 8]), torch.Size([4]))
     """
 
-    class Config(ModelConfig):
+    class Config(DeepConfig):
         """Sizes of the towers and who reads what."""
 
         type: Literal["two_tower"] = "two_tower"
@@ -100,8 +110,11 @@ class TwoTower(Model):
         normalize: bool = False
         """Vectors of length one; then take a temperature of 0.05 to 0.2."""
         temperature: float = Field(1.0, gt=0)
-        dropout: float = Field(0.0, ge=0, lt=1)
-        layer_norm: bool = False
+        """What the inner product is divided by, of the top ``dot``."""
+        top: Literal["dot", "mlp"] = "dot"
+        """What turns the vectors into logits. Items can be indexed under ``dot`` alone."""
+        top_hidden: Widths = ()
+        """Widths of the top ``mlp``; by default one layer, as wide as a vector."""
 
         @model_validator(mode="after")
         def _apart(self) -> TwoTower.Config:
@@ -109,6 +122,26 @@ class TwoTower(Model):
             if both:
                 raise ValueError(f"feature {both[0]!r} is in both towers; name it in one")
             return self
+
+        @model_validator(mode="after")
+        def _of_the_top(self) -> TwoTower.Config:
+            others = ("head", "multi_task", "top_hidden") if self.top == "dot" else ("temperature",)
+            for key in others:
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"top {self.top!r} has no {key!r}; leave it out, or take the other top")
+            return self
+
+        def check(self, schema: Schema, tasks: tuple[str, ...]) -> None:
+            super().check(schema, tasks)
+            features = select_features(schema, self.features)
+            for names in (self.item_features, self.user_features):
+                outside = [
+                    feature.name for feature in select_features(schema, names or None) if feature not in features
+                ]
+                if names and outside:
+                    raise ConfigError(f"two_tower: {outside[0]!r} is in a tower but not in 'features'; add it there")
+            if all(feature.name in self.item_features for feature in features):
+                raise ConfigError("two_tower: the user tower has no feature; leave one out of 'item_features'")
 
     def __init__(
         self,
@@ -120,21 +153,22 @@ class TwoTower(Model):
     ) -> None:
         super().__init__(config, schema, tasks)
         features = select_features(schema, config.features)
-        for names in (config.item_features, config.user_features):
-            outside = [feature.name for feature in select_features(schema, names or None) if feature not in features]
-            if names and outside:
-                raise ConfigError(f"two_tower: {outside[0]!r} is in a tower but not in 'features'; add it there")
         item = [feature for feature in features if feature.name in config.item_features]
         user = [feature for feature in features if feature.name not in config.item_features]
-        if not user:
-            raise ConfigError("two_tower: the user tower has no feature; leave one out of 'item_features'")
         self.embeddings = FeatureEmbeddings(schema, features, config.embedding_dim, device=embedding_device)
         self.dense = DenseFeatures(schema, features)
         self.user = Tower(user, self.embeddings.names, self.dense.names, config)
         self.item = Tower(item, self.embeddings.names, self.dense.names, config)
-        self.heads = ProductHeads(config.vector_dim, len(tasks))
         self.temperature = config.temperature
-        self.representation_dim = config.vector_dim
+        self.top: MLP | None = None
+        self.heads: ProductHeads | TaskHeads
+        if config.top == "dot":
+            self.representation_dim = config.vector_dim
+            self.heads = ProductHeads(config.vector_dim, len(tasks))
+        else:
+            self.top = config.mlp(3 * config.vector_dim, config.top_hidden or (config.vector_dim,))
+            self.representation_dim = self.top.out_dim
+            self.heads = TaskHeads(self.representation_dim, tasks, config.head, config.multi_task)
 
     def vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """User and item vectors, each ``[B, V]``."""
@@ -144,5 +178,8 @@ class TwoTower(Model):
     def forward(self, batch: Batch) -> ModelOutput:
         user_BV, item_BV = self.vectors(batch)
         products_BV = user_BV * item_BV
+        if self.top is not None:
+            representation_BH = self.top(torch.cat([user_BV, item_BV, products_BV], dim=1)).float()
+            return ModelOutput(representation_BH, self.heads(representation_BH))
         logits_BT = self.heads(products_BV / self.temperature)
         return ModelOutput(products_BV, per_task(logits_BT, self.tasks))

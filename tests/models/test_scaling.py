@@ -95,7 +95,8 @@ def test_every_model_grows(kind: str) -> None:
     tables, dense = parameters(kind)
     twice_tables, twice_dense = parameters(kind, scale=2.0)
     assert 1.5 * tables < twice_tables <= 2 * tables
-    assert 1.2 * dense < twice_dense <= 4 * dense
+    # Tokens, their width and the layers that read them side by side may all grow.
+    assert 1.2 * dense < twice_dense <= 8 * dense
 
 
 def test_a_scaled_model_is_published_under_its_own_config() -> None:
