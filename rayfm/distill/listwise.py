@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rayfm.data.batch import Batch
 from rayfm.distill.base import OBJECTIVES, Objective, Term
-from rayfm.distill.requests import request_rows, require_requests
+from rayfm.distill.requests import count_once, request_rows, require_requests
 from rayfm.distill.teacher import TeacherConfig, distilled_tasks, teacher_label, teacher_score
 from rayfm.models.base import ModelOutput
 from rayfm.schema import Schema, Task
@@ -59,10 +59,9 @@ class Listwise(Objective):
     counts with the mean weight of its rows; rows without a request or without the teacher's prediction, and requests
     with one row left, are left out.
 
-    A request is compared as far as its rows lie in one batch of one rank. ``prepare`` deals the rows of a request to
-    the lanes in turn, so a rank of W sees about n / W of the n rows of a request, and a request whose rows lie on both
-    sides of a step's end is cut there: the term of several workers is over shorter lists than that of one, and differs
-    from it.
+    A request is compared as far as its rows lie in one step: one whose rows lie on both sides of a step's end is cut
+    there. Within a step the ranks gather what they compare (`rayfm.distill.requests`), so the lists do not depend on
+    the number of workers, although ``prepare`` deals the rows of a request to different lanes.
     """
 
     class Config(TeacherConfig):
@@ -89,10 +88,10 @@ class Listwise(Objective):
 
     def _term(self, batch: Batch, logit: Tensor, task: Task) -> Term:
         prediction, mask = teacher_label(batch, self.config, task.name)
-        rows, request_N, requests = request_rows(batch, mask)
-        score_N = teacher_score(task, prediction)[rows]
-        loss_G = listnet(logit[rows], score_N, request_N, requests, self.config.temperature)
-        ones_N = torch.ones_like(score_N)
-        sizes_G = torch.zeros_like(loss_G).index_add(0, request_N, ones_N)
-        weight_G = torch.zeros_like(loss_G).index_add(0, request_N, batch.weight[rows]) / sizes_G
-        return Term((weight_G * loss_G).sum(), weight_G.sum(), self.config.weight)
+        rows = request_rows(batch, mask, logit, teacher_score(task, prediction))
+        loss_G = listnet(rows.score_N, rows.teacher_N, rows.request_N, rows.requests, self.config.temperature)
+        sizes_G = torch.bincount(rows.request_N, minlength=rows.requests)
+        weight_G = torch.zeros_like(loss_G).index_add(0, rows.request_N, rows.weight_N) / sizes_G
+        # Counted by the rank that has the request's first row.
+        counted_G = rows.own_N[sizes_G.cumsum(0) - sizes_G]
+        return Term((weight_G * count_once(loss_G, counted_G)).sum(), (weight_G * counted_G).sum(), self.config.weight)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from rayfm.data.batch import Batch
 from rayfm.distill.base import OBJECTIVES, Objective, Term
-from rayfm.distill.requests import request_pairs, request_rows, require_requests
+from rayfm.distill.requests import count_once, request_pairs, request_rows, require_requests
 from rayfm.distill.teacher import TeacherConfig, distilled_tasks, teacher_label
 from rayfm.models.base import ModelOutput
 from rayfm.schema import Schema
@@ -34,9 +34,9 @@ class Pairwise(Objective):
     passes none of it on. A pair has the product of its rows' weights; pairs that the teacher is undecided about, and
     rows without a request or without the teacher's prediction, are left out.
 
-    A pair needs both rows in one batch of one rank. ``prepare`` deals the rows of a request to the lanes in turn, so a
-    rank of W sees about n / W of the n rows of a request, and a request whose rows lie on both sides of a step's end is
-    cut there: the term of several workers is over fewer pairs than that of one, and differs from it.
+    A pair needs both rows in one step: a request whose rows lie on both sides of a step's end is cut there. Within a
+    step the ranks gather what they compare (`rayfm.distill.requests`), so the pairs do not depend on the number of
+    workers, although ``prepare`` deals the rows of a request to different lanes.
     """
 
     class Config(TeacherConfig):
@@ -67,11 +67,12 @@ class Pairwise(Objective):
 
     def _term(self, batch: Batch, logit: Tensor, task: str) -> Term:
         prediction, mask = teacher_label(batch, self.config, task)
-        rows, request_N, _ = request_rows(batch, mask)
-        first, second = request_pairs(request_N, batch.example_id[rows], self.config.max_pairs)
-        first, second = rows[first], rows[second]
-        order = (prediction[first] - prediction[second]).sign()
-        difference = order * (logit[first] - logit[second])
+        rows = request_rows(batch, mask, logit, prediction)
+        first, second = request_pairs(rows.request_N, rows.example_id_N, self.config.max_pairs)
+        ours = rows.own_N[first] | rows.own_N[second]
+        first, second = first[ours], second[ours]
+        order = (rows.teacher_N[first] - rows.teacher_N[second]).sign()
+        difference = order * (rows.score_N[first] - rows.score_N[second])
         loss = ranknet(difference) if self.config.loss == "ranknet" else hinge(difference, self.config.margin)
-        weight = batch.weight[first] * batch.weight[second] * order.abs()
-        return Term((weight * loss).sum(), weight.sum(), self.config.weight)
+        weight, counted = rows.weight_N[first] * rows.weight_N[second] * order.abs(), rows.own_N[first]
+        return Term((weight * count_once(loss, counted)).sum(), (weight * counted).sum(), self.config.weight)

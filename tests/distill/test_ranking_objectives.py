@@ -20,7 +20,7 @@ from rayfm.distill.kl import softened_kl
 from rayfm.distill.listwise import listnet, segment_log_softmax
 from rayfm.distill.losses import binary_cross_entropy
 from rayfm.distill.pairwise import hinge, ranknet
-from rayfm.distill.requests import request_pairs, request_rows
+from rayfm.distill.requests import count_once, request_pairs, request_rows
 from rayfm.models import ModelOutput
 
 H = 6
@@ -140,15 +140,22 @@ def test_kl_refuses_a_regression() -> None:
 
 def test_rows_that_can_be_compared() -> None:
     batch = request_batch([0.5] * 8, [7, -1, 3, 7, 9, 3, 3, -1], mask=[True] * 6 + [False, True])
-    rows, request, count = request_rows(batch, batch.supervision_mask[:, 0])
-    assert rows.tolist() == [2, 5, 0, 3], "9 stands alone, -1 is no request, row 6 has no prediction"
-    assert request.tolist() == [0, 0, 1, 1]
-    assert count == 2
+    score = torch.arange(8.0, requires_grad=True)
+    found = request_rows(batch, batch.supervision_mask[:, 0], score, score.detach() / 10)
+    assert found.score_N.tolist() == [2, 5, 0, 3], "9 stands alone, -1 is no request, row 6 has no prediction"
+    torch.testing.assert_close(found.teacher_N, torch.tensor([0.2, 0.5, 0.0, 0.3]))
+    assert found.example_id_N.tolist() == batch.example_id[[2, 5, 0, 3]].tolist()
+    assert found.request_N.tolist() == [0, 0, 1, 1]
+    assert found.requests == 2
+    assert found.own_N.all()
+    found.score_N.sum().backward()
+    assert score.grad.tolist() == [1, 0, 1, 1, 0, 1, 0, 0]
 
 
 def test_ids_below_zero_are_requests_too() -> None:
     batch = request_batch([0.5] * 4, [-5, -5, -1, -1])
-    assert request_rows(batch, torch.ones(4, dtype=torch.bool))[0].tolist() == [0, 1]
+    found = request_rows(batch, torch.ones(4, dtype=torch.bool), torch.arange(4.0), torch.zeros(4))
+    assert found.score_N.tolist() == [0, 1]
 
 
 def test_every_pair_of_a_request_stands_once() -> None:
@@ -179,6 +186,14 @@ def test_pairs_are_bounded_and_follow_from_the_ids() -> None:
         (ids[shuffled], again),
     )]  # fmt: skip
     assert as_ids[0] == as_ids[1]
+
+
+def test_what_another_rank_counts_has_its_gradient_here() -> None:
+    x = torch.tensor([2.0, 3.0], requires_grad=True)
+    once = count_once(x**2, torch.tensor([True, False]))
+    assert once.tolist() == [4, 0]
+    once.sum().backward()
+    assert x.grad.tolist() == [4, 6]
 
 
 # --- pairwise
