@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -48,6 +49,36 @@ class Free:
 
     def failed(self, message: str) -> None:
         raise AssertionError(message)
+
+
+@dataclasses.dataclass
+class Noted:
+    """A coordinator that writes down, for all processes, what it was asked and told."""
+
+    folder: Path
+
+    def note(self, what: str, text: str) -> None:
+        with (self.folder / what).open("a") as file:
+            file.write(f"{text}\n")
+
+    def noted(self, what: str) -> list[str]:
+        path = self.folder / what
+        return path.read_text().splitlines() if path.exists() else []
+
+    def wait_prepared(self, period: str) -> None:
+        self.note("asked", period)
+
+    def wait_labels(self, period: str) -> dict[str, PinnedLabels]:
+        return {}
+
+    def trained(self, period: str, versions: dict[str, str]) -> None:
+        self.note("trained", period)
+
+    def stopped(self) -> bool:
+        return bool(self.noted("failed"))
+
+    def failed(self, message: str) -> None:
+        self.note("failed", message)
 
 
 class IdLabels:

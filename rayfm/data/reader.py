@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rayfm.config import DataError
+from rayfm.config import DataError, RayfmError
 from rayfm.data.batch import Batch
 from rayfm.data.encode import EncodedChunk, Encoder
 from rayfm.data.steps import (
@@ -31,6 +31,7 @@ from rayfm.data.steps import (
     count_steps,
     read_steps,
 )
+from rayfm.data.task_errors import error_block, raise_error
 
 if TYPE_CHECKING:
     import ray.data
@@ -112,7 +113,9 @@ class RayDataReader:
     """Reads through one Ray Data pipeline over the known periods; they must be asked for in order.
 
     Each task reads and joins the rows of a run of steps for one rank and hands back one Arrow block; the pipeline
-    preserves order, so blocks come back as planned and several are in flight while the trainer works.
+    preserves order, so blocks come back as planned and several are in flight while the trainer works. What a task
+    refuses (a corrupt file, labels that are gone) is raised here when its steps are asked for, as the same error that
+    `ArrowReader` raises.
 
     Args:
         plan: what to read. Its look-ups travel to the tasks.
@@ -161,6 +164,12 @@ class RayDataReader:
                 self.cache = LaneCache(plan)
 
             def __call__(self, block: pa.Table) -> pa.Table:
+                try:
+                    return self.read(block)
+                except RayfmError as error:
+                    return error_block(error)
+
+            def read(self, block: pa.Table) -> pa.Table:
                 position = block["span"][0].as_py()
                 period, first, last = spans[position]
                 rows = read_steps(plan, self.cache, period, rank_lanes(lanes[position], rank, world), first, last)
@@ -187,6 +196,7 @@ class RayDataReader:
             block = next(blocks, None)
             if block is None:
                 raise DataError(f"Ray Data gave no block for steps {span[1]}..{span[2]} of period {span[0]}")
+            raise_error(block)
             yield span, block
 
     def batches(self, period: str, start: int = 0) -> Iterator[Batch]:

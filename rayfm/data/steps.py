@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -170,8 +171,7 @@ class LaneCache:
                 for group in groups
             }
         except (OSError, pa.ArrowInvalid) as error:
-            path = self.plan.store.lane_path(period, kind, lane)
-            raise DataError(f"{path}: corrupt Parquet file ({error}); prepare period {period} again") from None
+            raise _corrupt(self.plan.store.lane_path(period, kind, lane), period, error) from None
         self._groups[kind, lane] = held
         return pa.concat_tables(held.values()).slice(start - first, stop - start)
 
@@ -337,8 +337,17 @@ def _representation(
     return values, mask
 
 
+def _corrupt(path: Path, period: str, error: Exception) -> DataError:
+    why = " ".join(str(error).split())  # Arrow's messages have several lines
+    return DataError(f"{path}: corrupt Parquet file ({why}); prepare period {period} again")
+
+
 def _read_column(store: ExampleStore, period: str, kind: Kind, lane: int, name: str) -> npt.NDArray[np.int64]:
-    table = store.open_lane(period, kind, lane).read(columns=[name], use_threads=False)
+    file = store.open_lane(period, kind, lane)
+    try:
+        table = file.read(columns=[name], use_threads=False)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _corrupt(store.lane_path(period, kind, lane), period, error) from None
     values: npt.NDArray[np.int64] = table[name].to_numpy()
     return values
 

@@ -54,6 +54,26 @@ def test_supervision_of_a_binary_task_is_a_probability(value: float) -> None:
         encoder.encode(table, kind, supervision, mask)
 
 
+def break_pages(path: Path) -> None:
+    """Overwrite the first pages of a Parquet file; its footer stays."""
+    data = bytearray(path.read_bytes())
+    data[20:600] = bytes(580)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("value", [1.2, -0.1, float("nan"), float("inf")])
+def test_supervision_of_a_binary_task_is_a_probability(value: float) -> None:
+    names = ("fm/watch", "fm/click")
+    encoder = Encoder(every_feature_schema(), supervision=names)
+    table, kind = every_feature_rows(3, seed=1), np.zeros(3, np.int64)
+    supervision = np.array([[5.0, 0.0], [-7.0, 1.0], [0.0, value]], np.float32)
+    mask = np.array([[True, True], [True, True], [True, False]])
+    encoder.encode(table, kind, supervision, mask)  # a regression may have any value; what is masked does not count
+    mask[2, 1] = True
+    with pytest.raises(DataError, match=f"supervision column 'fm/click': {value:g} is no probability"):
+        encoder.encode(table, kind, supervision, mask)
+
+
 def assert_equal(left: Batch, right: Batch) -> None:
     for name in vars(left):
         a, b = getattr(left, name), getattr(right, name)
@@ -231,6 +251,27 @@ def test_ray_data_gives_the_same_batches(store: ExampleStore) -> None:
             pairs = zip(pipeline.batches(period, begin), direct.batches(period, begin), strict=True)
             for left, right in pairs:
                 assert_equal(left, right)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_ray_data_names_a_corrupt_lane_as_the_direct_reader_does(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """The footer is whole, so that only a reading task finds out; what lies before it is read all the same."""
+    store = write_store(tmp_path, ["2024-01-01", "2024-01-02"], 1001, 603)
+    break_pages(store.lane_path("2024-01-02", "impression", 2))
+    plan, encoder = make(store)
+    messages = []
+    for reader in (RayDataReader(plan, encoder, ["2024-01-01", "2024-01-02"]), ArrowReader(plan, encoder)):
+        assert len(list(reader.batches("2024-01-01"))) == reader.steps("2024-01-01")
+        with pytest.raises(
+            DataError, match=r"lane-2\.parquet: corrupt Parquet file .*; prepare period 2024-01-02 a"
+        ) as error:
+            list(reader.batches("2024-01-02"))
+        assert type(error.value) is DataError
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert "\n" not in messages[0]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_batch_size_that_does_not_divide_into_lanes_is_refused(store: ExampleStore) -> None:
