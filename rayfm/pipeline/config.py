@@ -16,6 +16,7 @@ from rayfm.models.base import MODELS, ModelConfig
 from rayfm.pipeline.tune_config import TuneConfig
 from rayfm.schema import LOGGED_PREFIX, Schema
 from rayfm.training.config import TrainingConfig
+from rayfm.training.lost_labels import LostLabels
 
 Stage = Literal["retrieval", "early", "ranking"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -54,6 +55,13 @@ class TeacherConfig(Config):
     its width a row."""
     reference: dict[str, str] = {}
     """Task -> column that considerations are scored against (``logged/<model>/<task>`` or ``truth/<task>``)."""
+    traffics: tuple[str, ...] = ()
+    """Traffics whose rows it learns and is scored on: one domain's teacher. It labels all. None named: all."""
+    lost_labels: LostLabels | None = None
+    """Labels that it is trained without, for experiments on signal loss; it is scored with them."""
+    logit_shift: float = 0.0
+    """Added to the logits of its binary tasks when it labels: a teacher made as miscalibrated as an experiment needs
+    it. Its training and its own metrics are those without."""
     calibrate: bool = False
     """Publish with a calibrator (Platt scaling) of each binary task, fitted on the newest period's predictions before
     the model trained on it: its labels are then calibrated. Training and the run's metrics stay those without."""
@@ -65,6 +73,10 @@ class StudentConfig(Config):
     model: Annotated[ModelConfig, MODELS]
     tasks: tuple[str, ...] | None = None
     stage: Stage = "ranking"
+    traffics: tuple[str, ...] = ()
+    """Traffics whose rows it learns and is scored on: one domain's model. None named: all."""
+    lost_labels: LostLabels | None = None
+    """Labels that it is trained without, for experiments on signal loss; it is scored with them."""
     variants: dict[Name, tuple[Annotated[ObjectiveConfig, OBJECTIVES], ...]] = {"none": ()}
     """Variant -> its objectives besides the tasks' own loss."""
     group: str = "students"
@@ -194,6 +206,10 @@ class PipelineConfig(Config):
                 self._check_column(name, f"reference of {task!r}", column, truth=True)
             if part.calibrate and all(self.schema_.task(task).kind != "binary" for task in self.tasks_of(part)):
                 raise ValueError(f"{name}: calibrate is for binary tasks, and it has none; leave it out")
+            for traffic in (*part.traffics, *(part.lost_labels.traffics if part.lost_labels else ())):
+                if traffic not in self.schema_.traffics:
+                    known = nearest(traffic, list(self.schema_.traffics))
+                    raise ValueError(f"{name}: traffic {traffic!r} is not in the schema{known}")
         for name, student in self.students.items():
             if student.group not in self.groups:
                 raise ValueError(

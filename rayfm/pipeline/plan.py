@@ -99,6 +99,9 @@ def teacher_spec(config: PipelineConfig, name: str, periods: tuple[str, ...]) ->
                 tasks=config.tasks_of(teacher),
                 objectives=teacher.objectives,
                 reference=teacher.reference,
+                traffics=teacher.traffics,
+                lost_labels=teacher.lost_labels,
+                logit_shift=teacher.logit_shift,
                 calibrate=teacher.calibrate,
             ),
         ),
@@ -130,6 +133,8 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
                 tasks=config.tasks_of(student),
                 objectives=tuple(objective.with_widths(widths) for objective in objectives),
                 reference=student.reference,
+                traffics=student.traffics,
+                lost_labels=student.lost_labels,
                 calibrate=student.calibrate,
             )
             for name, student in students.items()

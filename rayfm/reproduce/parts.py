@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rayfm.config import ConfigError
 from rayfm.reproduce.scope import Mapping, Scope
 
 CLICK = "click"
@@ -58,6 +59,22 @@ def auxiliary(teacher: str, **options: Any) -> list[Mapping]:
 def adapted(teacher: str, **options: Any) -> list[Mapping]:
     """The auxiliary head with the student adapter (ExFM Eq. 3 to 7)."""
     return [*auxiliary(teacher, **options), {"type": "student_adapter", "teacher": teacher, **options}]
+
+
+DOMAINS = {"kuairand": ("1", "0", "4"), "simulator": ("feed", "video", "sidebar")}
+"""Source -> three traffics that stand for domains, the largest first (of KuaiRand: tabs)."""
+
+
+def domains(scope: Scope) -> tuple[str, ...]:
+    """Up to three traffics that stand for a paper's domains.
+
+    Raises:
+        ConfigError: the source has one traffic alone.
+    """
+    found = DOMAINS.get(scope.source, scope.traffics[:3])
+    if len(found) < 2:
+        raise ConfigError(f"{scope.source} has one traffic, and this table compares several; run it on another source")
+    return found
 
 
 METHODS = {"direct": direct, "auxiliary": auxiliary, "aux_adapter": adapted}

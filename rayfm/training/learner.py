@@ -28,6 +28,7 @@ from rayfm.schema import Schema
 from rayfm.snapshots.publish import TensorSlice
 from rayfm.training.config import TrainingConfig
 from rayfm.training.init import fill_normal
+from rayfm.training.lost_labels import LostLabels, lose_labels
 from rayfm.training.module import TrainModule
 from rayfm.training.optim import Optimizers, fuse_table_optimizers
 from rayfm.training.sharding import (
@@ -52,6 +53,12 @@ class LearnerConfig(Config):
     """Besides the tasks' own loss, which every model has where none of them takes its place."""
     reference: dict[str, str] = {}
     """Task -> supervision column that considerations are scored against."""
+    traffics: tuple[str, ...] = ()
+    """Traffics whose rows it learns and is scored on; none named: all."""
+    lost_labels: LostLabels | None = None
+    """Labels that it is trained without."""
+    logit_shift: float = 0.0
+    """Added to the logits of binary tasks in what is published."""
     calibrate: bool = False
     """Publish with a calibrator, fitted on each period's predictions before the model trains on the period."""
 
@@ -96,7 +103,7 @@ class Learner:
     def __init__(
         self, config: LearnerConfig, training: TrainingConfig, schema: Schema, device: torch.device, plan_path: Path
     ) -> None:
-        self.config, self.training, self.device = config, training, device
+        self.config, self.training, self.schema, self.device = config, training, schema, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         torch.manual_seed(config.seed)
         model = build_model(config.model, schema, config.tasks, embedding_device=torch.device("meta"))
@@ -136,6 +143,8 @@ class Learner:
                 dense[name] = parameter
         self.optimizers = Optimizers(self.dmp, dense, tables, ahead, training)
         self._ahead = list(ahead.values())
+        positions = [schema.traffics.index(name) for name in config.traffics]
+        self._traffics = torch.tensor(positions, device=device) if positions else None
         self.clock = StepClock()
 
     @torch.no_grad()
@@ -145,6 +154,10 @@ class Learner:
                 for shard, row, column in _shards(value):
                     table = name.split(".")[-2]
                     fill_normal(shard, table, self.config.seed, self._table_std[name], row, column, value.shape[1])
+
+    def own_rows(self, batch: Batch) -> Tensor | None:
+        """bool ``[B]``: the rows of this learner's traffics; None for all."""
+        return None if self._traffics is None else torch.isin(batch.traffic, self._traffics.to(batch.traffic.device))
 
     def train_step(self, batch: Batch, step: int) -> dict[str, tuple[float, float]]:
         """One step: zero_grad, forward, one summed backward, step.
@@ -156,6 +169,12 @@ class Learner:
             DivergenceError: a term is not finite.
         """
         started = time.perf_counter()
+        if self.config.lost_labels is not None:
+            batch = lose_labels(batch, self.config.lost_labels, self.schema)
+        own = self.own_rows(batch)
+        if own is not None:
+            # Others' rows stay in the batch, so that every learner of the group reads the same one; they weigh nothing.
+            batch = dataclasses.replace(batch, weight=batch.weight * own)
         self.dmp.train()
         self.optimizers.begin(step)
         if self._ahead:

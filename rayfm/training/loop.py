@@ -215,9 +215,12 @@ class TrainingLoop:
         logits: dict[str, torch.Tensor],
         copies: torch.Tensor | None,
     ) -> None:
+        own = learner.own_rows(batch)
         for task in learner.config.tasks:
             label, known = batch.label(task)
             shown = known & (batch.kind == IMPRESSION)
+            if own is not None:
+                shown &= own
             state.update(
                 task, IMPRESSION, logits[task], label, shown, batch.weight, batch.traffic, batch.user, weights=copies
             )
@@ -225,6 +228,8 @@ class TrainingLoop:
             if column is not None and self.spec.evaluated_share > 0:
                 value, found = batch.supervised(column)
                 considered = found & (batch.kind == CONSIDERATION)
+                if own is not None:
+                    considered &= own
                 state.update(
                     task,
                     CONSIDERATION,
@@ -354,7 +359,7 @@ class TrainingLoop:
         config = learner.config
         writer = SnapshotWriter(Path(self.spec.run_dir), config.key, version)
         slices = list(learner.slices())
-        if self.rank == 0 and config.calibrate:
+        if self.rank == 0 and (config.calibrate or config.logit_shift):
             slices += self._calibrator_slices(learner)
         mine = writer.write(self.rank, slices)
         files: list[Any] = [mine]
@@ -374,8 +379,12 @@ class TrainingLoop:
     def _calibrator_slices(self, learner: Learner) -> list[TensorSlice]:
         """The learner's calibrator as tensors of its snapshot: the identity for a task that has no fit yet."""
         calibrator = Calibrator(self.spec.schema_, learner.config.tasks)
-        for task, (scale, shift) in self.calibration.get(learner.config.key, {}).items():
-            calibrator.set(task, scale, shift)
+        fits = self.calibration.get(learner.config.key, {})
+        added = learner.config.logit_shift
+        for task in learner.config.tasks:
+            if self.spec.schema_.task(task).kind == "binary":
+                scale, shift = fits.get(task, (1.0, 0.0))
+                calibrator.set(task, scale, shift + added)
         return [TensorSlice.whole(CALIBRATOR_PREFIX + name, value) for name, value in calibrator.state_dict().items()]
 
     def _restore(self) -> tuple[Cursor, CheckpointState | None]:

@@ -176,3 +176,21 @@ def test_variants_have_calibrators_of_their_own(store: Path, tmp_path: Path) -> 
     assert tensors(spec, "fm.none.1")[-1] != tensors(spec, "fm.direct.1")[-1]
     snapshots = SnapshotStore(spec.run_dir)
     assert not NAMES & set(snapshots.manifest("fm.none.2", snapshots.latest("fm.none.2")).tensors)
+
+
+def test_a_shifted_teacher_labels_shifted_and_trains_the_same(store: Path, tmp_path: Path) -> None:
+    plain, shifted = (
+        runs.spec(store, tmp_path / str(shift), runs.learner("fm", logit_shift=shift)) for shift in (0.0, 0.7)
+    )
+    runs.train_here(plain)
+    runs.train_here(shifted)
+    key = "fm.none.1"
+    assert tensors(shifted, key) == [(1.0, pytest.approx(0.7))] * 3
+    before, after = (SnapshotStore(spec.run_dir) for spec in (plain, shifted))
+    for one, other in zip(before.versions(key), after.versions(key), strict=True):
+        weights, moved = before.load(key, one), after.load(key, other)
+        assert moved.keys() - weights.keys() == NAMES
+        for name, value in weights.items():
+            torch.testing.assert_close(value, moved[name], rtol=0, atol=0)
+    for name, sums in runs.metric_sums(plain, runs.PERIODS[1], key).items():
+        torch.testing.assert_close(sums, runs.metric_sums(shifted, runs.PERIODS[1], key)[name], rtol=0, atol=0)

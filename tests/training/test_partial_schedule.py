@@ -47,3 +47,21 @@ def test_it_goes_on_from_its_last_checkpoint(store: Path, tmp_path: Path) -> Non
     again = runs.train_here(spec).done
     assert [version for _, version in again] == [first[-1][1]]
     assert (spec.folder / "periods" / f"{runs.PERIODS[2]}.json").exists()
+
+
+def test_a_model_of_one_traffic_learns_its_rows_alone(store: Path, tmp_path: Path) -> None:
+    every = runs.learner("fm")
+    schema = runs.spec(store, tmp_path, every).schema_
+    assert len(schema.traffics) > 1
+    own = every.model_copy(update={"traffics": schema.traffics[:1]})
+    one, both = (runs.spec(store, tmp_path / name, item) for name, item in (("one", own), ("both", every)))
+    runs.train_here(one)
+    runs.train_here(both)
+    sums, whole = (
+        runs.metric_sums(spec, runs.PERIODS[1], "fm.none.1")["impression/click/sums"] for spec in (one, both)
+    )
+    assert sums[0, 0] == whole[0, 0] > 0, "all rows of its own traffic are scored"
+    assert float(sums[1:].abs().sum()) == 0, "and none of the others"
+    assert runs.losses(one)[runs.PERIODS[0], "fm.none.1/supervised/click"] != pytest.approx(
+        runs.losses(both)[runs.PERIODS[0], "fm.none.1/supervised/click"]
+    )

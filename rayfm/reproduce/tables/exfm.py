@@ -6,10 +6,9 @@ import dataclasses
 import itertools
 import math
 
-from rayfm.config import ConfigError
 from rayfm.metrics import Comparison
 from rayfm.metrics.intervals import estimate
-from rayfm.reproduce.parts import CLICK, METHOD_NAMES, METHODS, adapted, auxiliary, student, teacher
+from rayfm.reproduce.parts import CLICK, METHOD_NAMES, METHODS, adapted, auxiliary, domains, student, teacher
 from rayfm.reproduce.runner import Runner
 from rayfm.reproduce.scope import Mapping, Scope
 from rayfm.reproduce.splits import exfm_slides, exfm_warmup, progressive
@@ -90,9 +89,6 @@ def _best(comparison: Comparison, student: str, variants: list[str]) -> str:
     return min(values, key=lambda variant: math.inf if (e := values[variant]) is None else e.value)
 
 
-DOMAINS = {"kuairand": ("1", "0", "4"), "simulator": ("feed", "video", "sidebar")}
-"""Source -> three traffics that stand for the paper's three domains (KuaiRand: the tabs with most rows)."""
-
 Numbers = tuple[float | None, float | None]
 """AUC and logloss."""
 
@@ -142,20 +138,13 @@ class ExFMTable4(Table):
     title = "ExFM Table 4: one teacher, students of three domains (paper: TaobaoAd)"
 
     def studies(self, scope: Scope) -> list[Study]:
-        domains = self._domains(scope)
         variants = {"none": [], "aux_adapter": adapted("dmin")}
-        students = {f"fm_{domain}": student(scope, "fm", variants, traffics=[domain]) for domain in domains}
+        students = {f"fm_{domain}": student(scope, "fm", variants, traffics=[domain]) for domain in domains(scope)}
         teachers = {"dmin": teacher(scope, "dmin", scope.has_tasks(CLICK, "long_view"))}
         return [Study(f"split-{days['last']}", days, teachers, students) for days in exfm_slides(scope)]
 
-    def _domains(self, scope: Scope) -> tuple[str, ...]:
-        domains = DOMAINS.get(scope.source, scope.traffics[:3])
-        if len(domains) < 2:
-            raise ConfigError(f"exfm-table4: {scope.source} has one traffic, and this table compares several")
-        return domains
-
     def fill(self, scope: Scope, runner: Runner) -> Result:
-        parts = [_Part(d, f"fm_{d}", CLICK, TABLE_4[i]) for i, d in enumerate(self._domains(scope))]
+        parts = [_Part(d, f"fm_{d}", CLICK, TABLE_4[i]) for i, d in enumerate(domains(scope))]
         return _with_and_without("exfm-table4", "domain", self.studies(scope), runner, parts)
 
 
@@ -290,7 +279,7 @@ class TeacherBias(Table):
     def _teachers(self, scope: Scope) -> Mapping:
         tasks, days = scope.has_tasks(CLICK, "long_view"), progressive(scope)
         last_warmup = scope.periods[days["warmup"] - 1]
-        foreign = DOMAINS.get(scope.source, scope.traffics)[-1]
+        foreign = domains(scope)[-1]
         return {
             "fresh": teacher(scope, "dcnv2", tasks),
             "shifted": teacher(scope, "dcnv2", tasks, logit_shift=0.7),
