@@ -59,7 +59,7 @@ class SharedBottomConfig(MultiTaskConfig):
     type: Literal["shared"] = "shared"
 
 
-class MMoEConfig(MultiTaskConfig):
+class MixtureOfExpertsConfig(MultiTaskConfig):
     """Every task's head reads its own mixture of experts that read the representation (MMoE)."""
 
     type: Literal["mmoe"] = "mmoe"
@@ -69,7 +69,7 @@ class MMoEConfig(MultiTaskConfig):
     """Widths of each expert's layers."""
 
 
-MultiTask = Annotated[SharedBottomConfig | MMoEConfig, Field(discriminator="type")]
+MultiTask = Annotated[SharedBottomConfig | MixtureOfExpertsConfig, Field(discriminator="type")]
 
 
 def evaluation_order(tasks: tuple[str, ...], config: MultiTaskConfig) -> tuple[str, ...]:
@@ -106,6 +106,7 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, in_dim: int, num_tasks: int, experts: int, hidden: tuple[int, ...]) -> None:
         super().__init__()
+        self.num_tasks = num_tasks
         self.experts = nn.ModuleList(MLP(in_dim, hidden) for _ in range(experts))
         self.gate = nn.Linear(in_dim, num_tasks * experts, bias=False)
         """W_g of all tasks, one below the other."""
@@ -113,7 +114,7 @@ class MixtureOfExperts(nn.Module):
 
     def gates(self, x_BH: Tensor) -> Tensor:
         """``g^k(x) = softmax(W_gk x)`` (MMoE, Eq. 8): ``[B, T, X]``, float32."""
-        scores_BTX: Tensor = self.gate(x_BH).unflatten(1, (-1, len(self.experts)))
+        scores_BTX: Tensor = self.gate(x_BH).unflatten(1, (self.num_tasks, len(self.experts)))
         return scores_BTX.float().softmax(dim=2)
 
     def forward(self, x_BH: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ class TaskHeads(nn.Module):
     Example::
 
         >>> import torch
-        >>> heads = TaskHeads(6, ("click", "buy"), sharing=MMoEConfig(depends_on={"buy": "click"}))
+        >>> heads = TaskHeads(6, ("click", "buy"), sharing=MixtureOfExpertsConfig(depends_on={"buy": "click"}))
         >>> logits = heads(torch.rand(3, 6))
         >>> logits["buy"].shape
         torch.Size([3])
@@ -154,7 +155,7 @@ class TaskHeads(nn.Module):
         self.order = evaluation_order(tasks, sharing)
         self.upstream = {task: sharing.upstream(task) for task in tasks}
         self.mixture: MixtureOfExperts | None = None
-        if isinstance(sharing, MMoEConfig):
+        if isinstance(sharing, MixtureOfExpertsConfig):
             self.mixture = MixtureOfExperts(in_dim, len(tasks), sharing.experts, sharing.expert_hidden)
             in_dim = self.mixture.out_dim
         one_matrix = not hidden and self.mixture is None and not sharing.depends_on

@@ -18,7 +18,7 @@ from rayfm.config import ConfigError, validate
 from rayfm.models import build_model, heads
 from rayfm.models.heads import (
     MixtureOfExperts,
-    MMoEConfig,
+    MixtureOfExpertsConfig,
     SharedBottomConfig,
     TaskHeads,
     evaluation_order,
@@ -67,7 +67,7 @@ def test_experts_are_relu_layers_that_all_tasks_share() -> None:
 
 
 def test_each_task_reads_its_own_mixture() -> None:
-    towers = TaskHeads(6, TASKS, (4,), MMoEConfig(experts=2, expert_hidden=(5,)))
+    towers = TaskHeads(6, TASKS, (4,), MixtureOfExpertsConfig(experts=2, expert_hidden=(5,)))
     x = torch.randn(3, 6)
     mixed = towers.mixture(x)
     for position, task in enumerate(TASKS):
@@ -150,6 +150,15 @@ def test_every_model_with_a_shared_representation(kind: str, choice: dict[str, A
         nothing = build_model(model.config, SCHEMA, TASKS)
     owners = [module for module in nothing.modules() if list(module.parameters(recurse=False))]
     assert all(hasattr(owner, "reset_parameters") for owner in owners)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_rank_without_rows_takes_part(choice: dict[str, Any]) -> None:
+    model = small_model("dlrm", multi_task=choice)
+    logits = model(random_batch(0)).logits
+    assert all(logit.shape == (0,) for logit in logits.values())
+    sum(logit.sum() for logit in logits.values()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.heads.parameters())
 
 
 def test_what_does_not_fit_is_refused() -> None:
