@@ -130,8 +130,9 @@ def parts_table(what: str) -> Table:
     from rayfm.data.sources.base import SOURCES
     from rayfm.distill.base import OBJECTIVES
     from rayfm.models.base import MODELS
+    from rayfm.reproduce.table import TABLES
 
-    registries = {"models": MODELS, "objectives": OBJECTIVES, "sources": SOURCES}
+    registries = {"models": MODELS, "objectives": OBJECTIVES, "sources": SOURCES, "tables": TABLES}
     if what != "all" and what not in registries:
         raise ConfigError(f"cannot list {what!r}{nearest(what, list(registries))}")
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -140,7 +141,8 @@ def parts_table(what: str) -> Table:
     for kind, registry in registries.items():
         for name in registry if what in ("all", kind) else ():
             doc = (registry[name].__doc__ or "").strip().splitlines()
-            table.add_row(kind.removesuffix("s"), name, doc[0] if doc else "")
+            about = f"{doc[0]} Source: {registry[name].source}." if kind == "tables" else doc[0] if doc else ""
+            table.add_row(kind.removesuffix("s"), name, about)
     return table
 
 

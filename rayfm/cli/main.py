@@ -165,6 +165,7 @@ def tune(
     options |= {"concurrent": concurrent, "search": search}
     loaded = load_search(config, param, {key: value for key, value in options.items() if value is not None}, set_, data)
     wanted = loaded.tune.trials if loaded.tune is not None else 0
+    console.print(f"tune [bold]{loaded.name}[/bold]  (starting Ray takes a while)")
     result = search_values(loaded, resume, overwrite, lambda records: console.print(ended_trial(records, wanted)))
     print_search(result, config)
 
@@ -181,14 +182,14 @@ def report(run_dir: RunFolder) -> None:
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="models, objectives or sources; by default all.")] = "all",
+    what: Annotated[str, typer.Argument(help="models, objectives, sources or tables; by default all.")] = "all",
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="With models: count those of this pipeline.")
     ] = None,
     set_: Overrides = None,
     data: Data = None,
 ) -> None:
-    """List the models, objectives and sources that a config can name."""
+    """List the models, objectives and sources that a config can name, and the tables of `rayfm reproduce`."""
     if config is not None or what == "models":
         from rayfm.config import ConfigError
         from rayfm.config.quiet import quiet_libraries
