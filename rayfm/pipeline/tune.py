@@ -45,7 +45,7 @@ ROOTS = ("students", "teachers", "groups", "schema", "consideration_share")
 """Keys of the config that shape what a trial trains."""
 
 Watch = Callable[[list[TrialRecord]], None]
-"""Called with all trials whenever one ends."""
+"""Called with all trials whenever one ends that had not ended before."""
 
 
 @dataclasses.dataclass
@@ -427,11 +427,19 @@ def _callback(folder: Path, spaces: dict[str, Space], scored: int, watch: Watch 
     from ray import tune as ray_tune
 
     class Ended(ray_tune.Callback):
+        def __init__(self, watch: Watch | None) -> None:
+            self.watch = watch
+            self.told = {record.folder for record in read_records(folder) if record.data["ended"] is not None}
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Ray Tune stores its callbacks, and whoever watches may hold a terminal
+
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             record = TrialRecord(folder, decode(spaces, trial.config))
             if record.path.exists():
                 record.end("complete" if len(record.scores) == scored else "stopped")
-            if watch is not None:
-                watch(read_records(folder))
+            if self.watch is not None and record.folder not in self.told:
+                self.told.add(record.folder)
+                self.watch(read_records(folder))
 
-    return Ended()
+    return Ended(watch)

@@ -158,6 +158,16 @@ def test_overrides_reach_mappings_and_lists():
     assert (house.rate, house.depth.cells, house.front.power, house.built) == (0.25, 4, 5, None)
 
 
+def test_a_file_of_overrides_is_laid_over_key_by_key(tmp_path):
+    path = tmp_path / "best.yaml"
+    path.write_text("model: {width: 8}\nsizes: [1]\nnew: {a: 1}\n")
+    data = {"model": {"width": 4, "depth": 2}, "sizes": [3, 4]}
+    apply_override(data, f"@{path}")
+    assert data == {"model": {"width": 8, "depth": 2}, "sizes": [1], "new": {"a": 1}}
+    with pytest.raises(ConfigError, match=r"cannot read config .*gone\.yaml"):
+        apply_override(data, f"@{tmp_path / 'gone.yaml'}")
+
+
 def test_an_override_value_may_hold_an_equals_sign():
     data: dict = {}
     apply_override(data, "name=a=b")

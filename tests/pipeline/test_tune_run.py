@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ from small_pipeline import FIRST_DAY_US, PERIODS, small_pipeline, write_config, 
 
 from rayfm.pipeline import parts
 from rayfm.pipeline.config import PipelineConfig, load_config
-from rayfm.pipeline.trial import read_records
+from rayfm.pipeline.trial import TrialRecord, read_records
 from rayfm.pipeline.tune import Study, tune
 
 RATE = "groups.students.tables.lr"
@@ -46,14 +47,20 @@ def test_a_search_finds_the_better_value_without_the_test_period(
     assert first.path in files
 
     ended: list[int] = []
-    result = tune(searching(tmp_path, trials=2), resume=True, watch=lambda records: ended.append(len(records)))
+    terminal = threading.RLock()  # cannot be pickled, as a real one cannot
+
+    def watch(records: list[TrialRecord]) -> None:
+        with terminal:
+            ended.append(len(records))
+
+    result = tune(searching(tmp_path, trials=2), resume=True, watch=watch)
     assert [record.values[RATE] for record in result.trials] == [GOOD, POOR]
     good, poor = (record.scores[PERIODS[1]] for record in result.trials)
     assert good < poor - 0.02
     assert result.periods == (PERIODS[1],)
     assert {record.folder for record in read_records(first.folder.parent)} >= {first.folder}
     assert {path: path.stat().st_mtime_ns for path in files} == files, "the finished trial was not trained again"
-    assert ended, "whoever watches is told"
+    assert ended == [2], "whoever watches is told of the new trial alone"
     assert not test_period.exists(), "the test period was neither read nor prepared"
     assert load_config(write_config(tmp_path), [f"@{result.best}"]).groups["students"].tables.lr == GOOD
 

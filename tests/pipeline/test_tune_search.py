@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,11 +20,15 @@ from small_pipeline import PERIODS, mapping, small_pipeline, write_config, write
 from rayfm.cli import display
 from rayfm.cli.main import main
 from rayfm.config import ConfigError, LabelError, RayfmError
+from rayfm.data.store import ExampleStore
+from rayfm.labels import LabelStore, write_lane_file
 from rayfm.metrics import MetricState, lines
 from rayfm.pipeline.config import PipelineConfig, load_config
 from rayfm.pipeline.trial import TrialRecord, TrialSettings, choose_target, read_records, run_trial
 from rayfm.pipeline.tune import Study, best_overrides, load_search, ranked
 from rayfm.pipeline.tune_config import TuneConfig, parse_space
+from rayfm.serving.labelling import StoredLabels
+from rayfm.training.spec import PinnedLabels
 
 RATE = "groups.students.tables.lr"
 
@@ -295,6 +300,39 @@ def test_the_same_values_are_not_trained_twice_at_once(settings: TrialSettings) 
         record.write(first_started=0.0, started=0.0, scores={PERIODS[1]: 0.5}, ended="stopped")
     thread.join()
     assert reports == [(1, 0.5)], "and takes over what that one found"
+
+
+def test_a_distilled_variant_learns_from_stored_labels(settings: TrialSettings, tmp_path: Path) -> None:
+    """The labels of one period in the label store; a weight of the distillation changes the score."""
+    root, period = tmp_path / "labels", PERIODS[1]
+    schema = PipelineConfig.model_validate(settings.config).schema_
+    store = ExampleStore(settings.config["storage"])
+    records = []
+    for lane in range(4):
+        ids = pq.read_table(store.lane_path(period, "impression", lane), columns=["example_id"], partitioning=None)
+        labels = ids.append_column("click", pa.array(np.linspace(0.1, 0.9, len(ids)), pa.float32()))
+        records.append(
+            write_lane_file(
+                root, teacher="fm", version="v1", trained_through=PERIODS[0], period=period, kind="impression",
+                lane=lane, labels=labels, tasks=[schema.task("click")],
+            )
+        )  # fmt: skip
+    committed = LabelStore(root).commit(records)
+    distilled = settings.model_copy(
+        update={
+            "target": settings.target.model_copy(update={"variant": "direct"}),
+            "labels": {period: {"fm": PinnedLabels(version="v1", table_version=committed.table_version)}},
+        }
+    )
+    key = "students.vm.variants.direct.0.weight"
+    found = {
+        weight: run_trial(distilled, {RATE: 0.2, key: weight}, Reports(), StoredLabels(str(root)))
+        for weight in (0.001, 10.0)
+    }
+    assert [record.data["ended"] for record in found.values()] == ["complete", "complete"]
+    one, ten = found.values()
+    assert one.scores[period] == ten.scores[period], "no label was read before the first scored period"
+    assert one.scores[PERIODS[2]] < ten.scores[PERIODS[2]] - 0.001, "labels that are noise, at a high weight"
 
 
 def test_an_undefined_score_is_a_failure(settings: TrialSettings) -> None:
