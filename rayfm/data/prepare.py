@@ -29,6 +29,7 @@ from rayfm.config import DataError, RayfmError
 from rayfm.data.capacity import check_disk, estimate_bytes
 from rayfm.data.conform import store_schema
 from rayfm.data.lanes import LaneWriter
+from rayfm.data.lock import prepare_lock
 from rayfm.data.rejects import write_rejects
 from rayfm.data.sources.base import KIND_COLUMN, Period, Source
 from rayfm.data.staging import (
@@ -92,7 +93,8 @@ def prepare(
 
     Raises:
         DataError: the logs are missing, unreadable or of the wrong columns or types; a period has no impressions; a
-            period in the store was prepared from another configuration; the store cannot be written.
+            period in the store was prepared from another configuration; the store cannot be written, or another
+            process is preparing it.
         CapacityError: too little disk.
     """
     store = ExampleStore(store.root.expanduser().absolute())  # a Ray task may run in another folder
@@ -104,22 +106,38 @@ def prepare(
     if missing:
         share = len(missing) / len(periods)
         check_disk(store.root, round(estimate_bytes(source.estimated_rows(), schema) * share))
-        staging = store.root / STAGING
-        shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
-        try:
-            source.cpus_per_task, source.scratch = cpus_per_task, staging / "source"
-            fragments = _stage(source, schema, periods, missing, staging, progress, cpus_per_task)
-            unknown = [fragment for fragment in fragments if fragment.period == UNKNOWN_PERIOD]
-            write_rejects(store.rejects_path(UNKNOWN_PERIOD), unknown)
-            work = [
-                (period, [fragment for fragment in fragments if fragment.period == period.name]) for period in missing
-            ]
-            for period, own in work:
-                _refuse_empty(period, own)
-            _reduce(work, schema, store, lanes, digest, progress, cpus_per_task)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with prepare_lock(store.root):
+            # Who held the lock until now may have written some of them.
+            missing = missing_periods(source, schema, store, lanes)
+            if missing:
+                _write_missing(source, schema, store, lanes, digest, periods, missing, progress, cpus_per_task)
     return [store.manifest(period.name) for period in periods]
+
+
+def _write_missing(
+    source: Source,
+    schema: Schema,
+    store: ExampleStore,
+    lanes: int,
+    digest: str,
+    periods: list[Period],
+    missing: list[Period],
+    progress: Progress | None,
+    cpus_per_task: float,
+) -> None:
+    staging = store.root / STAGING
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
+    try:
+        source.cpus_per_task, source.scratch = cpus_per_task, staging / "source"
+        fragments = _stage(source, schema, periods, missing, staging, progress, cpus_per_task)
+        unknown = [fragment for fragment in fragments if fragment.period == UNKNOWN_PERIOD]
+        write_rejects(store.rejects_path(UNKNOWN_PERIOD), unknown)
+        work = [(period, [fragment for fragment in fragments if fragment.period == period.name]) for period in missing]
+        for period, own in work:
+            _refuse_empty(period, own)
+        _reduce(work, schema, store, lanes, digest, progress, cpus_per_task)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def missing_periods(source: Source, schema: Schema, store: ExampleStore, lanes: int) -> list[Period]:
@@ -193,9 +211,10 @@ def _stage(
 
 def _stage_block(
     table: pa.Table, schema: Schema, periods: list[Period], wanted: frozenset[str], folder: Path
-) -> pa.Table:
+) -> Iterator[pa.Table]:
+    # A generator, since Ray Data keeps the type of an error that a generator raises (and of a function's it does not).
     fragments = stage_rows(table, schema, periods, wanted, folder)
-    return pa.table({"fragment": pa.array([fragment.model_dump_json() for fragment in fragments], pa.string())})
+    yield pa.table({"fragment": pa.array([fragment.model_dump_json() for fragment in fragments], pa.string())})
 
 
 @contextlib.contextmanager

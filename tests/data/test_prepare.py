@@ -20,6 +20,7 @@ from example_store import DAY_US, every_feature_rows, every_feature_schema
 from rayfm.config import CapacityError, DataError
 from rayfm.data import capacity
 from rayfm.data.capacity import check_disk, estimate_bytes
+from rayfm.data.lock import prepare_lock
 from rayfm.data.prepare import STAGING, prepare
 from rayfm.data.sources import parquet
 from rayfm.data.sources.parquet import ParquetConfig, ParquetSource
@@ -178,6 +179,57 @@ def test_an_error_in_a_task_comes_out_plain(tmp_path, ray_session):
     assert str(error.value).startswith(f"{logs}/part-1.parquet: column 'user' is string, the schema wants int64")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "store" / STAGING).exists()
+
+
+@pytest.mark.ray
+def test_an_error_while_staging_comes_out_plain(tmp_path, ray_session):
+    class Mistaken(ParquetSource):
+        """Forgets a column, which only the staging task finds out."""
+
+        def dataset(self, periods):
+            return super().dataset(periods).drop_columns(["age"])
+
+    source = source_of(write_logs(tmp_path / "logs"))
+    source.__class__ = Mistaken
+    with pytest.raises(DataError) as error:
+        prepare(source, SCHEMA, ExampleStore(tmp_path / "store"), LANES)
+    assert type(error.value) is DataError
+    assert str(error.value).startswith("the source's examples lack column 'age'")
+    assert "\n" not in str(error.value)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from rayfm.data.lock import prepare_lock
+with prepare_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_store_is_prepared_by_one_process_at_a_time(tmp_path):
+    source = source_of(write_logs(tmp_path / "logs"))
+    root = tmp_path / "store"
+    other = root / STAGING / "period=1970-01-01" / "of-the-other.arrow"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(root)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(DataError) as error:
+            prepare(source, SCHEMA, ExampleStore(root), LANES)
+        message = str(error.value)
+        assert message.startswith(f"{root}: process {holder.pid} on ")
+        assert message.endswith(" is preparing this example store; wait until it is done, or choose another root")
+        assert other.exists(), "what the other stages is left alone"
+    finally:
+        holder.kill()
+        holder.wait()
+    with prepare_lock(root), pytest.raises(DataError, match=f"process {os.getpid()} on"), prepare_lock(root):
+        pass
+    with prepare_lock(root):
+        pass
 
 
 def test_the_root_must_be_writable(tmp_path):

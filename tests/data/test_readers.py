@@ -61,19 +61,6 @@ def break_pages(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("value", [1.2, -0.1, float("nan"), float("inf")])
-def test_supervision_of_a_binary_task_is_a_probability(value: float) -> None:
-    names = ("fm/watch", "fm/click")
-    encoder = Encoder(every_feature_schema(), supervision=names)
-    table, kind = every_feature_rows(3, seed=1), np.zeros(3, np.int64)
-    supervision = np.array([[5.0, 0.0], [-7.0, 1.0], [0.0, value]], np.float32)
-    mask = np.array([[True, True], [True, True], [True, False]])
-    encoder.encode(table, kind, supervision, mask)  # a regression may have any value; what is masked does not count
-    mask[2, 1] = True
-    with pytest.raises(DataError, match=f"supervision column 'fm/click': {value:g} is no probability"):
-        encoder.encode(table, kind, supervision, mask)
-
-
 def assert_equal(left: Batch, right: Batch) -> None:
     for name in vars(left):
         a, b = getattr(left, name), getattr(right, name)

@@ -200,9 +200,10 @@ class BucketedSource(Source, abc.ABC):
         )
 
 
-def _deal_parts(batch: pa.Table, parts: list[Part], buckets: int, folder: Path) -> pa.Table:
+def _deal_parts(batch: pa.Table, parts: list[Part], buckets: int, folder: Path) -> Iterator[pa.Table]:
+    # A generator, since Ray Data keeps the type of an error that a generator raises (and of a function's it does not).
     runs = [run for number in batch["id"].to_pylist() for run in deal(parts[number], number, buckets, folder)]
-    return pa.table({"run": [run.model_dump_json() for run in runs]})
+    yield pa.table({"run": [run.model_dump_json() for run in runs]})
 
 
 def _build_buckets(batch: pa.Table, build: Build) -> Iterator[pa.Table]:
