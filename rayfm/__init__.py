@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rayfm.pipeline.config import PipelineConfig, load_config
     from rayfm.pipeline.parts import evaluate, label, prepare, train, write_report
     from rayfm.pipeline.stream import RunResult, run
+    from rayfm.pipeline.tune import TuneResult, tune
 
 __version__ = "0.1.0"
 
@@ -33,18 +34,22 @@ _HOMES = {
     "write_report": "rayfm.pipeline.parts",
     "RunResult": "rayfm.pipeline.stream",
     "run": "rayfm.pipeline.stream",
+    "TuneResult": "rayfm.pipeline.tune",
+    "tune": "rayfm.pipeline.tune",
 }
 
 __all__ = [
     "PipelineConfig",
     "RayfmError",
     "RunResult",
+    "TuneResult",
     "evaluate",
     "label",
     "load_config",
     "prepare",
     "run",
     "train",
+    "tune",
     "write_report",
 ]
 

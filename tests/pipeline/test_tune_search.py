@@ -19,7 +19,7 @@ from small_pipeline import PERIODS, mapping, small_pipeline, write_config, write
 
 from rayfm.cli import display
 from rayfm.cli.main import main
-from rayfm.config import ConfigError, LabelError, RayfmError
+from rayfm.config import CapacityError, ConfigError, LabelError, RayfmError
 from rayfm.data.store import ExampleStore
 from rayfm.labels import LabelStore, write_lane_file
 from rayfm.metrics import MetricState, lines
@@ -174,6 +174,19 @@ def test_few_choices_are_all_tried(tmp_path: Path) -> None:
     assert every == [{"p0": i, "p1": j} for i in range(2) for j in range(3)]
     assert Study(searching(tmp_path, parameters=both, trials=5)).combinations() is None
     assert Study(searching(tmp_path, parameters={RATE: "uniform(0.1, 1)"})).combinations() is None
+
+
+def test_as_many_trials_as_fit_run_at_once(tmp_path: Path) -> None:
+    assert Study(searching(tmp_path))._at_once(2.0, 0.0) == 4, "half a CPU each"
+    assert Study(searching(tmp_path, concurrent=3))._at_once(2.0, 0.0) == 3
+    with pytest.raises(CapacityError, match=r"a trial needs 0\.5 CPUs and Ray has 0\.25 CPUs"):
+        Study(searching(tmp_path))._at_once(0.25, 0.0)
+
+
+def test_without_optuna_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match=r"needs Optuna; pip install 'rayfm\[tune\]'"):
+        Study(searching(tmp_path))._algorithm([], 0)
 
 
 def test_a_variant_with_a_teacher_needs_stored_labels(tmp_path: Path) -> None:
