@@ -8,7 +8,7 @@ from pathlib import Path
 from rayfm.report.figures import PALETTE, with_intervals
 from rayfm.report.html import write_page
 from rayfm.report.sections import Grid, Listing, Section
-from rayfm.reproduce.show import MARKS, counted, number, ours
+from rayfm.reproduce.show import MARKS, SMALLEST_P, counted, number, ours
 from rayfm.reproduce.table import TABLES, Figure, Result
 
 _CLASSES = {"held": "better", "not": "worse", "open": ""}
@@ -39,7 +39,7 @@ def _section(result: Result) -> Section:
     for judged in result.claims:
         found = judged.estimate
         numbers = ("-", "-", "-") if found is None else tuple(f"{v:+.4f}" for v in (found.value, found.lo, found.hi))
-        p = "-" if math.isnan(judged.p) else f"{judged.p:.2g}"
+        p = "-" if math.isnan(judged.p) else f"{judged.p:.2g}" if judged.p >= SMALLEST_P else f"< {SMALLEST_P:g}"
         verdict = (MARKS[judged.verdict], _CLASSES[judged.verdict])
         rows.append([(judged.claim.text, "name"), judged.claim.metric, *numbers, p, verdict])
     header = ["claim", "metric", "difference", "lo", "hi", "p, Holm", "verdict"]

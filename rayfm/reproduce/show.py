@@ -15,6 +15,10 @@ MARKS = {"held": "held", "not": "NOT HELD", "open": "undecided"}
 """Verdict -> how it is said."""
 
 
+SMALLEST_P = 1e-6
+"""Below it a p value says no more than that."""
+
+
 def number(value: float | None) -> str:
     """A metric, or a dash."""
     return "-" if value is None or math.isnan(value) else f"{value:.4f}".replace("0.", ".", 1 if abs(value) < 1 else 0)
@@ -41,7 +45,8 @@ def claim_line(judged: Judged) -> str:
     if found is None:
         return f"undecided  {claim.text} (not measured)"
     interval = f"[{found.lo:+.4f}, {found.hi:+.4f}]"
-    return f"{MARKS[judged.verdict]:<9}  {claim.text}: {claim.metric} {found.value:+.4f} {interval}, p {judged.p:.2g}"
+    p = f"p {judged.p:.2g}" if judged.p >= SMALLEST_P else f"p < {SMALLEST_P:g}"
+    return f"{MARKS[judged.verdict]:<9}  {claim.text}: {claim.metric} {found.value:+.4f} {interval}, {p}"
 
 
 def show(result: Result, title: str, console: Console) -> None:
