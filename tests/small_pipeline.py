@@ -46,7 +46,7 @@ def mapping(folder: Path) -> dict[str, Any]:
         "teachers": {
             "fm": {
                 "model": {"type": "dcnv2", "embedding_dim": 8, "hidden": [8]},
-                "training": {"batch_size": 16, "predict_batch_size": 64},
+                "training": {"batch_size": 16, "predict_batch_size": 64, "reader": "arrow"},
             }
         },
         "groups": {"students": {"batch_size": 16, "predict_batch_size": 64}},

@@ -38,6 +38,15 @@ def test_pipelines(path):
     assert {learner.model_name for spec in specs for learner in spec.learners} == {*config.teachers, *config.students}
 
 
+def test_the_logs_of_public_data_are_read_directly():
+    """A Ray Data pipeline takes seconds to start, which short runs on one machine do without."""
+    for path in PIPELINES:
+        config = load_config(path)
+        readers = {teacher.training.reader for teacher in config.teachers.values()}
+        assert readers == ({"ray_data"} if path.name == "demo.yaml" else {"arrow"}), path
+        assert {group.reader for group in config.groups.values()} == {"arrow"}, path
+
+
 @pytest.mark.parametrize("path", PIPELINES, ids=name)
 def test_what_models_read_is_in_the_schema_and_reached_by_them(path):
     config = load_config(path)

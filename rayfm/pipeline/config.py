@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayfm.config import Config, ConfigError, apply_override, nearest, read_yaml, validate
 from rayfm.data.config import DataConfig
@@ -45,6 +45,7 @@ class TeacherConfig(Config):
     objectives: tuple[Annotated[ObjectiveConfig, OBJECTIVES], ...] = ()
     """Its objectives besides the tasks' own loss. They may read logged predictions, and no other teacher's labels."""
     training: TrainingConfig = TrainingConfig(reader="ray_data")
+    """Its ``reader`` is ``ray_data`` unless it names another: a teacher reads all periods through one pipeline."""
     seed: int = 0
     through: str | None = None
     """Last period that it trains on, if not ``schedule.teachers_through``: for the cost of a stale teacher."""
@@ -65,6 +66,16 @@ class TeacherConfig(Config):
     calibrate: bool = False
     """Publish with a calibrator (Platt scaling) of each binary task, fitted on the newest period's predictions before
     the model trained on it: its labels are then calibrated. Training and the run's metrics stay those without."""
+
+    @field_validator("training", mode="before")
+    @classmethod
+    def _reads_by_ray_data(cls, training: object) -> object:
+        """Also where other keys are given: what a teacher reads with does not hang on its batch size being named."""
+        if isinstance(training, dict) and "reader" not in training:
+            return {**training, "reader": "ray_data"}
+        if isinstance(training, TrainingConfig) and "reader" not in training.model_fields_set:
+            return training.model_copy(update={"reader": "ray_data"})
+        return training
 
 
 class StudentConfig(Config):

@@ -84,6 +84,7 @@ class TrainingConfig(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: the backbone runs under autocast; tables, losses and optimisers stay fp32."""
     reader: ReaderKind = "arrow"
+    """``ray_data``: tasks of the cluster read ahead; a teacher's default. ``arrow``: the worker reads by itself."""
 
     tables: TableOptimizer = TableOptimizer()
     table_overrides: dict[str, TableOptimizer] = {}

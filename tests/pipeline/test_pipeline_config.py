@@ -8,7 +8,8 @@ import pytest
 from small_pipeline import mapping, merged, small_pipeline, write_config
 
 from rayfm.config import ConfigError, read_yaml, validate, write_yaml
-from rayfm.pipeline.config import PipelineConfig, load_config
+from rayfm.pipeline.config import PipelineConfig, TeacherConfig, load_config
+from rayfm.training.config import TrainingConfig
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -106,6 +107,34 @@ def test_supervision_may_come_from_the_log(tmp_path):
         },
     )
     assert config.students["vm"].variants["direct"][0].supervision(("click",)) == ("logged/ranking/click",)
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        (None, "ray_data"),
+        ({}, "ray_data"),
+        ({"batch_size": 16}, "ray_data"),
+        ({"batch_size": 16, "reader": "arrow"}, "arrow"),
+        (TrainingConfig(batch_size=16), "ray_data"),
+        (TrainingConfig(reader="arrow"), "arrow"),
+    ],
+)
+def test_a_teacher_reads_through_ray_data_unless_it_says_otherwise(training, expected):
+    plain = {"model": {"type": "fm"}}
+    teacher = TeacherConfig.model_validate(plain if training is None else {**plain, "training": training})
+    assert teacher.training.reader == expected
+    assert TeacherConfig.model_validate(teacher.dump()) == teacher
+
+
+def test_a_training_that_a_teacher_shares_with_a_group_stays_the_groups(tmp_path):
+    shared = {"batch_size": 16, "predict_batch_size": 64}
+    plain = merged(mapping(tmp_path), {"groups": {"students": shared}})
+    plain["teachers"]["fm"]["training"] = shared
+    config = PipelineConfig.model_validate(plain)
+    assert config.teachers["fm"].training.reader == "ray_data"
+    assert config.groups["students"].reader == "arrow"
+    assert "reader" not in shared
 
 
 def test_tasks_come_in_the_schemas_order(tmp_path):
