@@ -30,6 +30,7 @@ from rayfm.snapshots.manifest import version_id
 from rayfm.snapshots.publish import SnapshotWriter, TensorSlice
 from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, world_device
 from rayfm.training.learner import Learner
+from rayfm.training.lost_labels import lose_labels
 from rayfm.training.spec import Coordinator, LabelSource, PinnedLabels, TrainerSpec
 
 AnswerT = TypeVar("AnswerT")
@@ -192,7 +193,7 @@ class TrainingLoop:
                 with parts.timed("metrics"):
                     self._score(states[learner.config.key], learner, cpu_batch, logits, copies)
                     if learner.config.calibrate:
-                        _add_labelled(calibrations[learner.config.key], cpu_batch, logits)
+                        _add_labelled(calibrations[learner.config.key], learner, cpu_batch, logits)
         with parts.timed("metrics"):
             rates = self.rates.rates()
             for learner in self.learners:
@@ -434,11 +435,17 @@ class TrainingLoop:
             self.progress(period, step, steps, phase)
 
 
-def _add_labelled(sums: CalibrationSums, batch: Batch, logits: dict[str, torch.Tensor]) -> None:
-    """Add the impressions whose labels are known."""
+def _add_labelled(sums: CalibrationSums, learner: Learner, batch: Batch, logits: dict[str, torch.Tensor]) -> None:
+    """Add the impressions with known labels as the learner's training sees them: its traffics, lost labels lost."""
+    if learner.config.lost_labels is not None:
+        batch = lose_labels(batch, learner.config.lost_labels, learner.schema)
+    shown = batch.kind == IMPRESSION
+    own = learner.own_rows(batch)
+    if own is not None:
+        shown &= own
     for task in sums.tasks:
         label, known = batch.label(task)
-        sums.update(task, logits[task], label, known & (batch.kind == IMPRESSION), batch.weight)
+        sums.update(task, logits[task], label, known & shown, batch.weight)
 
 
 class PeriodRecord(Config):

@@ -15,6 +15,7 @@ from rayfm.export.calibrator import fit_platt
 from rayfm.serving.teacher import load_version, score_table
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.training.loop import TrainingLoop
+from rayfm.training.lost_labels import LostLabels
 from rayfm.training.spec import TrainerSpec
 
 KEY = "dcnv2.none.1"
@@ -194,3 +195,29 @@ def test_a_shifted_teacher_labels_shifted_and_trains_the_same(store: Path, tmp_p
             torch.testing.assert_close(value, moved[name], rtol=0, atol=0)
     for name, sums in runs.metric_sums(plain, runs.PERIODS[1], key).items():
         torch.testing.assert_close(sums, runs.metric_sums(shifted, runs.PERIODS[1], key)[name], rtol=0, atol=0)
+
+
+def test_a_calibrator_sees_what_its_models_training_sees(store: Path, tmp_path: Path) -> None:
+    """A domain's own model is calibrated on that domain, and positives that a policy hides stay hidden."""
+    every = runs.learner("fm", calibrate=True)
+    own = runs.learner("fm", seed=2, calibrate=True, traffics=("feed",))
+    hidden = LostLabels(traffics=("feed", "search"), kept=0.0)
+    without = runs.learner("fm", seed=3, calibrate=True, lost_labels=hidden)
+    spec = runs.spec(store, tmp_path, every, own, without)
+    rows: list[tuple[torch.Tensor, ...]] = []
+    original = TrainingLoop._score
+
+    def keep(self, state, learner, batch, logits, copies) -> None:
+        original(self, state, learner, batch, logits, copies)
+        if learner.config.seed == 2 and len(rows) < 3:
+            label, known = batch.label("click")
+            feed = known & (batch.kind == IMPRESSION) & (batch.traffic == spec.schema_.traffics.index("feed"))
+            rows.append((logits["click"][feed], label[feed], batch.weight[feed]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLoop, "_score", keep)
+        runs.train_here(spec)
+    assert 0 < sum(len(logit) for logit, _, _ in rows) < 700
+    assert tensors(spec, "fm.none.2")[1] == pytest.approx(fit_platt(*map(torch.cat, zip(*rows, strict=True))), rel=1e-4)
+    assert tensors(spec, "fm.none.1")[1] != (1, 0)
+    assert tensors(spec, "fm.none.3") == [(1, 0)] * 3, "without a positive there is nothing to fit"
