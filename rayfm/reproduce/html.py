@@ -25,13 +25,14 @@ def _section(result: Result) -> Section:
     if result.figure is not None:
         section.parts.append(_grid(result.figure))
     header = [*result.labels]
-    for metric in result.metrics:
-        header += [f"{metric}, paper", f"{metric}, ours"]
+    paper = [any(row.paper[i] is not None for row in result.rows) for i in range(len(result.metrics))]
+    for metric, known in zip(result.metrics, paper, strict=True):
+        header += [f"{metric}, paper", f"{metric}, ours"] if known else [metric]
     rows = []
     for row in result.rows:
         cells: list[object] = [(label, "name") for label in row.labels]
-        for theirs, found in zip(row.paper, row.ours, strict=True):
-            cells += [number(theirs), ours(found)]
+        for known, theirs, found in zip(paper, row.paper, row.ours, strict=True):
+            cells += [number(theirs), ours(found)] if known else [ours(found)]
         rows.append(cells)
     note = " ".join(["± is half the 95 % interval over users and seeds.", *result.notes])
     section.parts.append(Listing("The paper's numbers beside ours", header, rows, note))

@@ -248,14 +248,14 @@ class ExFMFig9(Table):
             points = []
             for name, (_, age) in stops.items():
                 ours = contest.values(f"{method}-{name}", "auc", "ne")
-                rows.append(Row((f"{age} days", METHOD_NAMES[method]), (None, None), ours))
+                rows.append(Row((f"{age} d", METHOD_NAMES[method]), (None, None), ours))
                 if ours[0] is not None:
                     points.append((float(age), ours[0]))
             lines.append(Series(METHOD_NAMES[method], tuple(x for x, _ in points), tuple(y for _, y in points)))
             text = f"{METHOD_NAMES[method]}: a fresh teacher ahead of the stalest"
             claims.append(contest.better(text, f"{method}-{fresh}", f"{method}-{stale[-1]}"))
         for name, (_, age) in stops.items():
-            text = f"teacher of {age} days: the adapter adds to the auxiliary head"
+            text = f"teacher {age} d old: the adapter adds to the auxiliary head"
             claims.append(contest.better(text, f"aux_adapter-{name}", f"auxiliary-{name}"))
         figure = Figure("AUC by the teacher's age", "mean age of the teacher, days", "AUC", tuple(lines))
         return Result("exfm-fig9", ("age", "method"), ("auc", "ne"), rows, judge(claims), [], figure)

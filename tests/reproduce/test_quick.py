@@ -1,0 +1,48 @@
+"""Every table, whole, from the command line: small models on little data."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rayfm.reproduce.table import TABLES
+
+COMMAND = [sys.executable, "-m", "rayfm.cli.main", "reproduce"]
+ENVIRONMENT = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+
+
+def reproduce(*arguments: str, timeout: float) -> str:
+    command = [*COMMAND, *arguments]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.timeout(700)
+def test_all_tables_in_one_call_and_nothing_twice(tmp_path: Path) -> None:
+    arguments = ("all", "--quick", "--source", "simulator", "--folder", str(tmp_path))
+    output = reproduce(*arguments, timeout=600)
+    for name in TABLES:
+        assert f"{name}  " in output, name
+    lines = [line for line in output.splitlines() if not line.startswith(tuple(TABLES)) and str(tmp_path) not in line]
+    assert max(map(len, lines)) <= 80
+    assert "of the paper's" in output
+    page = (tmp_path / "quick.html").read_text()
+    for name in TABLES:
+        assert f">{name}<" in page
+    # A table's variants that were trained for all of them are found again.
+    assert "trained before" in reproduce("exfm-table2", *arguments[1:], timeout=200)
+
+
+def test_a_source_that_cannot_fill_a_table(tmp_path: Path) -> None:
+    arguments = ["khani-table1", "--source", "nowhere", "--folder", str(tmp_path)]
+    done = subprocess.run([*COMMAND, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "source 'nowhere': no pipeline of that name" in done.stderr
+    arguments = ["sead-table1", "--seeds", "one"]
+    done = subprocess.run([*COMMAND, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert "--seeds 'one': give whole numbers" in done.stderr
