@@ -13,8 +13,8 @@ def test_a_pipeline_knows_its_periods_and_trainers(tmp_path):
     assert pipeline.periods == PERIODS
     assert [(spec.role, spec.name) for spec in pipeline.specs] == [("teacher", "fm"), ("students", "students")]
     teacher = pipeline.coordinator(pipeline.specs[0])
-    assert (teacher.label_teacher, teacher.teachers) == (True, ())
-    assert not pipeline.coordinator(pipeline.specs[0], alone=True).label_teacher
+    assert (teacher.labelled, teacher.teachers) == (PERIODS[1:], ())
+    assert not pipeline.coordinator(pipeline.specs[0], alone=True).labelled
     students = pipeline.coordinator(pipeline.specs[1], alone=True)
     assert (students.teachers, students.labels.wait) == (("fm",), 0.0)
 
