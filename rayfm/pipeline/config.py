@@ -171,6 +171,8 @@ class PipelineConfig(Config):
     """Worker groups of the students."""
     consideration_share: float = Field(0.0, ge=0, le=1)
     """Share of the considerations in training batches."""
+    publish_students: bool = True
+    """Whether students are published after each period; experiments that need their metrics alone are faster without."""
     keep_snapshots: int = Field(3, ge=1)
     """Newest published versions of a student that a run keeps; a teacher's are all kept."""
     evaluation: EvaluationConfig = EvaluationConfig()

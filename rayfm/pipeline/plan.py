@@ -155,6 +155,7 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
                 features=None if None in wanted else tuple(f.name for f in config.schema_.features if f.name in names),
                 periods=periods,
                 trained=trained_periods(periods, config.schedule.students_through),
+                publish=config.publish_students,
                 store=config.storage,
                 run_dir=str(config.run_dir),
                 teachers=tuple(

@@ -101,7 +101,7 @@ def pipeline_mapping(study: Study, scope: Scope, folder: str, run: str) -> Mappi
         },
         "students": study.students,
         "consideration_share": study.consideration_share,
-        "keep_snapshots": 1,
+        "publish_students": False,
         "evaluation": {
             "replicates": scope.replicates,
             "consideration_share": 1.0 if study.consideration_share else 0.0,

@@ -145,7 +145,7 @@ class TrainingLoop:
         """Publish, write the period's record, hand on the ticket. Doing it again changes nothing."""
         parts = parts or PeriodParts()
         period = self.spec.periods[index]
-        versions = self._publish(index, parts)
+        versions = self._publish(index, parts) if self.spec.publish else {}
         if self.rank == 0:
             seconds = time.perf_counter() - started if started else sum(record["parts"].values())
             whole = PeriodRecord(trainer=self.spec.name, period=period, seconds=seconds, versions=versions, **record)

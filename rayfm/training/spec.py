@@ -28,6 +28,8 @@ class TrainerSpec(Config):
     """How many of the periods, from the first, are trained on; the others are predicted alone. None: all."""
     first_predicted: int = 1
     """Index of the first period that is predicted before it is trained on."""
+    publish: bool = True
+    """Whether each trained period is published."""
     store: str
     """Root of the example store."""
     run_dir: str

@@ -65,3 +65,10 @@ def test_a_model_of_one_traffic_learns_its_rows_alone(store: Path, tmp_path: Pat
     assert runs.losses(one)[runs.PERIODS[0], "fm.none.1/supervised/click"] != pytest.approx(
         runs.losses(both)[runs.PERIODS[0], "fm.none.1/supervised/click"]
     )
+
+
+def test_a_trainer_need_not_publish(store: Path, tmp_path: Path) -> None:
+    spec = runs.spec(store, tmp_path, runs.learner("fm")).model_copy(update={"publish": False})
+    assert runs.train_here(spec).done == [(period, {}) for period in runs.PERIODS]
+    assert SnapshotStore(spec.run_dir).models() == []
+    assert (spec.folder / "metrics" / runs.PERIODS[2] / "fm.none.1.npz").exists()
