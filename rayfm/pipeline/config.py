@@ -172,7 +172,7 @@ class PipelineConfig(Config):
     consideration_share: float = Field(0.0, ge=0, le=1)
     """Share of the considerations in training batches."""
     publish_students: bool = True
-    """Whether students are published after each period; experiments that need their metrics alone are faster without."""
+    """Whether students are published after each period; without it, experiments on metrics alone are faster."""
     keep_snapshots: int = Field(3, ge=1)
     """Newest published versions of a student that a run keeps; a teacher's are all kept."""
     evaluation: EvaluationConfig = EvaluationConfig()
