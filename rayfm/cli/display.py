@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from rayfm.pipeline.config import PipelineConfig
+from rayfm.pipeline.hints import hints
 
 console = Console(soft_wrap=False)
 
@@ -39,6 +40,8 @@ class Display:
 
     def __enter__(self) -> Display:
         console.print(f"run [bold]{self.config.name}[/bold] -> {self.config.run_dir}  (starting Ray takes a while)")
+        for hint in hints(self.config):
+            console.print(f"[yellow]hint:[/yellow] {hint}", highlight=False)
         self._progress.start()
         return self
 

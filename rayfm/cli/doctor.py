@@ -72,6 +72,7 @@ def diagnose(config: PipelineConfig | None) -> bool:
 def _check_config(config: PipelineConfig, table: Table, cores: int) -> bool:
     from rayfm.data.sources.base import SOURCES
     from rayfm.pipeline.capacity import check_capacity, needs
+    from rayfm.pipeline.hints import hints
     from rayfm.pipeline.plan import choose_periods
 
     sound = True
@@ -92,4 +93,6 @@ def _check_config(config: PipelineConfig, table: Table, cores: int) -> bool:
     except RayfmError as error:
         table.add_row("[red]bad[/red]", "source", str(error))
         sound = False
+    for hint in hints(config):
+        table.add_row("[yellow]hint[/yellow]", "config", hint)
     return sound

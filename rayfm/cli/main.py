@@ -257,7 +257,12 @@ def config_check(config: ConfigFile, set_: Overrides = None, data: Data = None) 
     """Validate a config and print it as resolved, defaults included."""
     import yaml
 
-    typer.echo(yaml.safe_dump(_load(config, set_, data).dump(), sort_keys=False, width=120))
+    loaded = _load(config, set_, data)
+    from rayfm.pipeline.hints import hints
+
+    typer.echo(yaml.safe_dump(loaded.dump(), sort_keys=False, width=120))
+    for hint in hints(loaded):
+        typer.echo(f"hint: {hint}", err=True)
 
 
 @snapshots_app.command("list")
