@@ -53,6 +53,10 @@ class ModelConfig(Config):
             raise ValueError(f"scale {self.scale:g} does not fit: {reason}; take another, or other widths") from None
         return self
 
+    def unpooled_tables(self, schema: Schema) -> frozenset[str]:
+        """Tables that the model looks up item by item; they are sharded, never replicated."""
+        return frozenset()
+
     def check(self, schema: Schema, tasks: tuple[str, ...]) -> None:
         """Refuse, before anything is trained, what does not fit a schema or the tasks to predict.
 

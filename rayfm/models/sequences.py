@@ -150,6 +150,10 @@ class SequenceEmbeddings(nn.Module):
 class SequenceConfig(DeepConfig):
     """What models that read sequences item by item have."""
 
+    def unpooled_tables(self, schema: Schema) -> frozenset[str]:
+        features = select_features(schema, self.features)
+        return frozenset(feature.table_name for feature in features if feature.kind == "sequence")
+
     def check(self, schema: Schema, tasks: tuple[str, ...]) -> None:
         super().check(schema, tasks)
         require_sequences(select_features(schema, self.features), str(vars(self)["type"]))

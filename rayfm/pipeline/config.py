@@ -246,6 +246,14 @@ class PipelineConfig(Config):
         trainings = [(f"teacher {name}", teacher.training) for name, teacher in self.teachers.items()]
         for name, training in [*trainings, *((f"group {name}", group) for name, group in self.groups.items())]:
             self._check_training(name, training)
+        for name, part in parts:
+            training = part.training if isinstance(part, TeacherConfig) else self.groups[part.group]
+            for table in sorted(part.model.unpooled_tables(self.schema_)):
+                if training.sharding_of(table, self.schema_.tables[table].rows) == "data_parallel":
+                    raise ValueError(
+                        f"{name}: table {table!r} is read item by item by a sequence, and such a table cannot be "
+                        "replicated, as optimiser adam needs; give it another one in 'table_overrides'"
+                    )
         return self
 
     def _check_training(self, owner: str, training: TrainingConfig) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from pydantic import ValidationError
 from small_pipeline import mapping, merged, small_pipeline, write_config
 
 from rayfm.config import ConfigError, read_yaml, validate, write_yaml
@@ -190,3 +191,12 @@ def test_the_json_schema_knows_the_keys(tmp_path):
 def test_the_examples_fit_the_json_schema(example):
     schema = PipelineConfig.model_json_schema(by_alias=True)
     jsonschema.Draft202012Validator(schema).validate(read_yaml(EXAMPLES / example))
+
+
+def test_a_table_that_a_sequence_reads_is_never_replicated(tmp_path):
+    dmin = {"type": "dmin", "features": ["user", "ad", "history"], "embedding_dim": 4, "hidden": [8]}
+    adam = {"tables": {"type": "adam"}, "sharding": "data_parallel"}
+    groups = {"students": adam}
+    small_pipeline(tmp_path, groups=groups)
+    with pytest.raises(ValidationError, match=r"vm: table '\w+' is read item by item by a sequence"):
+        small_pipeline(tmp_path, groups=groups, students={"vm": {"model": dmin}})
