@@ -62,7 +62,8 @@ class ExFMTable2(Table):
         claims: list[Claim] = []
         chosen: list[str] = []
         for position, name in enumerate(STUDENTS):
-            contest = Contest(runner.comparison(studies, name), name, "logloss", CLICK)
+            comparison = runner.comparison(studies, name)
+            contest, ranked = (Contest(comparison, name, metric, CLICK) for metric in ("logloss", "auc"))
             early = runner.comparison([self._study(scope, warmup)], name) if warmup else None
             for (source, method), numbers in TABLE_2.items():
                 ours = contest.values(f"{method}-{source}" if source else method, "auc", "logloss")
@@ -73,7 +74,7 @@ class ExFMTable2(Table):
                 pair = f"{source} -> {name}"
                 for worse, good in itertools.pairwise(variants):
                     text = f"{pair}: {METHOD_NAMES[good]} ahead of {METHOD_NAMES[worse]}"
-                    claims.append(contest.better(text, variants[good], variants[worse]))
+                    claims += [each.better(text, variants[good], variants[worse]) for each in (ranked, contest)]
                 if early is not None:
                     best = _best(early, name, [variants[method] for method in METHODS])
                     chosen.append(f"{pair}: {best.removesuffix(f'-{source}')}")
