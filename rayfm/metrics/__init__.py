@@ -3,6 +3,16 @@
 from rayfm.metrics.bootstrap import bootstrap_weights
 from rayfm.metrics.rate import RateCounter
 from rayfm.metrics.state import MetricState, TaskKind
-from rayfm.metrics.summary import Comparison, Entry, lines, summarise
+from rayfm.metrics.summary import LOWER_IS_BETTER, Comparison, Entry, lines, summarise
 
-__all__ = ["Comparison", "Entry", "MetricState", "RateCounter", "TaskKind", "bootstrap_weights", "lines", "summarise"]
+__all__ = [
+    "LOWER_IS_BETTER",
+    "Comparison",
+    "Entry",
+    "MetricState",
+    "RateCounter",
+    "TaskKind",
+    "bootstrap_weights",
+    "lines",
+    "summarise",
+]

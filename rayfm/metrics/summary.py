@@ -15,6 +15,9 @@ from rayfm.metrics.pool import Pool, calibration_curve
 from rayfm.metrics.state import SUMS, MetricState, TaskKind
 from rayfm.schema import KINDS
 
+LOWER_IS_BETTER = frozenset({"ne", "ne_train", "logloss", "rmse", "miscalibration"})
+"""Metrics that a better model has less of."""
+
 ALL_TRAFFIC = "all"
 TEACHER = "teacher"
 """The variant of a teacher's own entries."""

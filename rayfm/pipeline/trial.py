@@ -25,11 +25,11 @@ from typing import Any
 
 from rayfm.config import Config, ConfigError, DataError, RayfmError, nearest, set_key, validate
 from rayfm.data.store import ExampleStore, write_json_atomic
-from rayfm.metrics import MetricState
+from rayfm.metrics import LOWER_IS_BETTER, MetricState
 from rayfm.metrics.pool import Pool
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.pipeline.plan import TEACHER_VARIANT, student_specs, teacher_spec
-from rayfm.pipeline.tune_config import LOWER_IS_BETTER, Space
+from rayfm.pipeline.tune_config import Space
 from rayfm.schema import KINDS
 from rayfm.training.loop import TrainingLoop
 from rayfm.training.spec import LabelSource, PinnedLabels, TrainerSpec
@@ -55,7 +55,7 @@ class Target(Config):
     @property
     def mode(self) -> str:
         """``min`` or ``max``, as Ray Tune wants it."""
-        return "min" if LOWER_IS_BETTER[self.metric] else "max"
+        return "min" if self.metric in LOWER_IS_BETTER else "max"
 
 
 def choose_target(config: PipelineConfig) -> Target:

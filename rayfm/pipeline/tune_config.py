@@ -12,10 +12,8 @@ from pydantic import Field, field_validator
 
 from rayfm.config import Config, ConfigError, nearest
 
-LOWER_IS_BETTER = {"ne": True, "ne_train": True, "logloss": True, "rmse": True, "auc": False}
-"""The metrics that have a direction. Calibration has none: it is best at 1."""
-
 TuneMetric = Literal["ne", "ne_train", "logloss", "rmse", "auc"]
+"""The metrics that have a direction. Calibration has none: it is best at 1."""
 
 _KINDS = ("choice", "uniform", "loguniform", "randint", "lograndint", "quniform", "qrandint")
 _CALL = re.compile(r"^\s*([A-Za-z_]+)\s*\((.*)\)\s*$", re.DOTALL)

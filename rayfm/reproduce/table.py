@@ -7,15 +7,13 @@ import math
 from typing import ClassVar, Literal
 
 from rayfm.config import Registry
-from rayfm.metrics import Comparison
+from rayfm.metrics import LOWER_IS_BETTER, Comparison
 from rayfm.metrics.intervals import CONFIDENCE, Estimate, Sample, estimate, holm, p_value
 from rayfm.reproduce.runner import Runner
 from rayfm.reproduce.scope import Scope
 from rayfm.reproduce.study import Study
 
 TABLES = Registry("table", "rayfm.reproduce.tables")
-
-LOWER_IS_BETTER = frozenset({"ne", "ne_train", "logloss", "rmse", "miscalibration"})
 
 Verdict = Literal["held", "not", "open"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import training_runs as runs
@@ -12,7 +11,7 @@ from example_store import write_store
 
 from rayfm.models.synthetic import synthetic_batch
 from rayfm.schema import Feature, Schema, Table, Task
-from rayfm.training.lost_labels import LostLabels, lose_labels, uniform_of
+from rayfm.training.lost_labels import LostLabels, lose_labels
 
 SCHEMA = Schema(
     tables={"user": Table(rows=100)},
@@ -20,23 +19,6 @@ SCHEMA = Schema(
     tasks=(Task(name="click"), Task(name="watch", kind="regression")),
     traffics=("feed", "search", "video"),
 )
-
-
-def splitmix(value: int) -> float:
-    """SplitMix64's finaliser in Python's own integers."""
-    mask = 2**64 - 1
-    x = (value + 0x9E3779B97F4A7C15) & mask
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-    return ((x ^ (x >> 31)) >> 11) / 2**53
-
-
-def test_the_draw_is_splitmix64() -> None:
-    ids = [0, 1, 17, 2**40 + 3, 2**62, -5]
-    np.testing.assert_allclose(uniform_of(torch.tensor(ids)).numpy(), [splitmix(value) for value in ids], rtol=0)
-    draws = uniform_of(torch.arange(20_000))
-    assert float(draws.mean()) == pytest.approx(0.5, abs=0.01)
-    assert float((draws < 0.2).double().mean()) == pytest.approx(0.2, abs=0.01)
 
 
 def test_positives_of_the_named_traffics_are_hidden() -> None:
