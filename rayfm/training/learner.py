@@ -175,7 +175,8 @@ class Learner:
         if own is not None:
             # Others' rows stay in the batch, so that every learner of the group reads the same one; they weigh nothing.
             batch = dataclasses.replace(batch, weight=batch.weight * own)
-        self.dmp.train()
+        if not self.dmp.training:  # setting it walks through every module, a tenth of a small model's step
+            self.dmp.train()
         self.optimizers.begin(step)
         if self._ahead:
             self._pre_step(batch)
