@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,6 +110,9 @@ class Runner:
         keys = [fingerprint(study, self.scope, *v) for v in study.variants]
         write_json_atomic(config.run_dir / DONE, {"study": study.name, "fingerprints": keys})
         self._found |= dict.fromkeys(keys, config.run_dir)
+        # What only a resumption reads, and most of a run's size: gigabytes where a study has many students.
+        for checkpoints in config.run_dir.glob("trainers/*/checkpoints"):
+            shutil.rmtree(checkpoints)
 
     def _config(self, study: Study) -> PipelineConfig:
         keys = sorted(fingerprint(study, self.scope, *v) for v in study.variants)

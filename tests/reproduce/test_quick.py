@@ -34,6 +34,7 @@ def test_all_tables_in_one_call_and_nothing_twice(tmp_path: Path) -> None:
     page = (tmp_path / "quick.html").read_text()
     for name in TABLES:
         assert f">{name}<" in page
+    assert not list(tmp_path.glob("runs/*/trainers/*/checkpoints"))  # gigabytes at full size
     # A table's variants that were trained for all of them are found again.
     assert "trained before" in reproduce("exfm-table2", *arguments[1:], timeout=200)
 
