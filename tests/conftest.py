@@ -1,4 +1,4 @@
-"""Shared by all tests: one Ray for the session, the KuaiRand folder, quiet libraries."""
+"""Shared by all tests: one Ray for the session, real servers, the KuaiRand folder, quiet libraries."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import servers
 
 TESTS = Path(__file__).resolve().parent
 os.environ.pop("RAY_ADDRESS", None)  # tests start a Ray of their own; somebody else's is not for them
@@ -29,6 +30,20 @@ def ray_session() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def zookeeper_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    """A real ZooKeeper for the session. A test that kills it starts it again, and uses a chroot of its own."""
+    with servers.running(servers.zookeeper(tmp_path_factory.mktemp("zookeeper"))) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    """A real Redis with an append-only file for the session. A test that kills it starts it again."""
+    with servers.running(servers.redis(tmp_path_factory.mktemp("redis"))) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
