@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from rayfm.config import Config, DataError, RayfmError
 from rayfm.data.conform import conform
-from rayfm.data.encode import Encoder
+from rayfm.data.encode import EncodedChunk, Encoder
 from rayfm.export.served import ServedModel, export_model
 from rayfm.labels.columns import REPRESENTATION
 from rayfm.models.base import MODELS, ModelConfig
@@ -74,9 +74,16 @@ def score_table(
 
     With ``representation`` also a column of that name: fixed-size lists of the representation's H float32.
     """
-    rows = table.num_rows
-    none = np.zeros((rows, 0), np.float32)
-    chunk = loaded.encoder.encode(table, np.zeros(rows, np.int64), none, none.astype(np.bool_))
+    none = np.zeros((table.num_rows, 0), np.float32)
+    chunk = loaded.encoder.encode(table, np.zeros(table.num_rows, np.int64), none, none.astype(np.bool_))
+    return score_chunk(loaded, chunk, rows_at_once, representation)
+
+
+def score_chunk(
+    loaded: LoadedVersion, chunk: EncodedChunk, rows_at_once: int = 4096, representation: bool = False
+) -> pa.Table:
+    """Predictions for examples that are encoded already, as `score_table`."""
+    rows = len(chunk)
     parts: dict[str, list[torch.Tensor]] = {task: [] for task in loaded.tasks}
     width = loaded.model.model.representation_dim
     # One array that the forwards fill and Arrow then wraps: representations are wide.
