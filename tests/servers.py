@@ -159,14 +159,15 @@ def zookeeper(folder: Path) -> Server:
         "tickTime": ZOOKEEPER_TICK_MS,
         "maxClientCnxns": 0,
         "admin.enableServer": "false",
-        "4lw.commands.whitelist": "ruok",
+        "4lw.commands.whitelist": "srvr",
     }
     (folder / "zoo.cfg").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
     command = [
         *(str(java), "-Xmx128m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"),
         *("-cp", str(ZOOKEEPER_JAR), "org.apache.zookeeper.server.ZooKeeperServerMain", str(folder / "zoo.cfg")),
     ]
-    return Server("ZooKeeper", command, port, folder, b"ruok", b"imok")
+    # Unlike `ruok`, `srvr` is answered in earnest only once requests are served.
+    return Server("ZooKeeper", command, port, folder, b"srvr", b"Zookeeper version")
 
 
 def redis(folder: Path) -> Server:

@@ -28,6 +28,10 @@ class LeaseLost(SnapshotError):
     """The lease has expired or was released: what it protected may be gone; acquire it anew and start over."""
 
 
+class StoreUnavailable(SnapshotError):
+    """The store did not answer in time. What it holds is untouched by that; try again later."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A key's value. ``revision`` grows with each change and never comes back, not even after a deletion."""
@@ -53,7 +57,10 @@ class Lease:
 
 
 class MetadataStore(Protocol):
-    """Compare-and-set values and leases that expire by the store's own clock."""
+    """Compare-and-set values and leases that expire by the store's own clock.
+
+    Every operation raises `StoreUnavailable` where the store does not answer.
+    """
 
     def get(self, key: str) -> Entry | None:
         """The key's value and revision, or None where the key does not exist."""

@@ -21,6 +21,7 @@ from rayfm.snapshots.metadata.base import (
     Lease,
     LeaseHeld,
     LeaseLost,
+    StoreUnavailable,
     check_key,
     check_prefix,
     check_ttl,
@@ -101,7 +102,7 @@ class SQLiteMetadataStore:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error):
-                    raise SnapshotError(f"metadata store {self.path}: {error}") from error
+                    raise self._failed(error) from error
                 raise
 
     def _query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -109,7 +110,12 @@ class SQLiteMetadataStore:
             try:
                 return self._connection().execute(sql, values).fetchall()
             except sqlite3.Error as error:
-                raise SnapshotError(f"metadata store {self.path}: {error}") from error
+                raise self._failed(error) from error
+
+    def _failed(self, error: sqlite3.Error) -> SnapshotError:
+        # Operational: locked for too long, a full or a failing disk; anything else is no such store.
+        kind = StoreUnavailable if isinstance(error, sqlite3.OperationalError) else SnapshotError
+        return kind(f"metadata store {self.path}: {error}")
 
     def get(self, key: str) -> Entry | None:
         rows = self._query("SELECT key, value, revision FROM entries WHERE key = ?", check_key(key))
