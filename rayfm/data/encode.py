@@ -120,14 +120,20 @@ class Encoder:
     ) -> EncodedChunk:
         """Encode ``table`` (N rows) with its kinds ``[N]``, supervision ``[N, S]`` and representations ``[N, sum R]``.
 
+        Representations that are not given are taken from the table's columns of their names (fixed-size lists, null
+        where there is none), as a request has them; a column that is not there is known nowhere.
+
         Raises:
-            DataError: a column is missing, or a prediction of a binary task is no probability.
+            DataError: a column is missing, a representation is of another type, or a prediction of a binary task is
+                no probability.
         """
         missing = [name for name in self.columns if name not in table.column_names]
         if missing:
             raise DataError(f"the examples lack column {missing[0]!r}; prepare them with the schema that has it")
         self._check_supervision(supervision, supervision_mask)
         rows = table.num_rows
+        if representation is None and self.representations:
+            representation, representation_mask = self._represented(table)
         example_id = _integers(table[EXAMPLE_ID])
         single = np.zeros((len(self.single), rows), np.int64)
         valid = np.ones((len(self.single), rows), np.bool_)
@@ -182,6 +188,26 @@ class Encoder:
             representation_mask=_tensor(chunk.representation_mask, start, stop),
             representation_widths=self.representations,
         )
+
+    def _represented(self, table: pa.Table) -> tuple[FloatArray, BoolArray]:
+        """The columns named as the representations: ``[N, sum R]`` and mask ``[N, V]``."""
+        rows = table.num_rows
+        values = np.zeros((rows, sum(width for _, width in self.representations)), np.float32)
+        mask = np.zeros((rows, len(self.representations)), np.bool_)
+        start = 0
+        for position, (name, width) in enumerate(self.representations):
+            if name in table.column_names:
+                column = _one_array(table[name])
+                if not pa.types.is_fixed_size_list(column.type) or column.type.list_size != width:
+                    raise DataError(f"column {name!r} is {column.type}; give fixed-size lists of {width} floats")
+                known = column.is_valid().to_numpy(zero_copy_only=False)
+                flat = column.flatten().cast(pa.float32())  # leaves out what stands behind a null
+                if flat.null_count or not pc.all(pc.is_finite(flat), min_count=0).as_py():
+                    raise DataError(f"column {name!r} has a list with a null, NaN or infinite value; leave it null")
+                values[known, start : start + width] = flat.to_numpy(zero_copy_only=False).reshape(-1, width)
+                mask[:, position] = known
+            start += width
+        return values, mask
 
     def _sparse(self, chunk: EncodedChunk, start: int, stop: int) -> KeyedJaggedTensor | None:
         if not self.single and not self.multi:

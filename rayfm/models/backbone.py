@@ -73,7 +73,9 @@ class Backbone(Model):
 
     def embed(self, features: list[Feature], device: torch.device | None) -> None:
         """Make ``embeddings`` and ``dense`` for ``features``, the tables on ``device``."""
-        self.embeddings = FeatureEmbeddings(self.schema, features, self.config.embedding_dim, device=device)
+        self.embeddings = FeatureEmbeddings(
+            self.schema, features, self.config.embedding_dim, histories=self.config.histories, device=device
+        )
         self.dense = DenseFeatures(self.schema, features)
 
     def build(self) -> int:

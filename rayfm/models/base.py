@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rayfm.config import Config, Registry
 from rayfm.data.batch import Batch
 from rayfm.models.embeddings import select_features
+from rayfm.models.histories import HistoryFeature
 from rayfm.models.scaling import Width, scaled
 from rayfm.schema import Schema
 
@@ -37,6 +38,8 @@ class ModelConfig(Config):
     """Names of the features that the model reads; by default all of the schema's."""
     embedding_dim: Width = Field(16, multiple_of=4)
     """E. The fused tables of fbgemm need a multiple of 4."""
+    histories: tuple[HistoryFeature, ...] = ()
+    """Teachers' representations of an entity's earlier examples, read as further embedded features (LoopFM)."""
     scale: float = Field(1.0, gt=0, le=64)
     """Factor of all widths: with 2 every layer and every embedding is twice as wide."""
     activation_clip: float | None = Field(None, gt=0)
@@ -53,6 +56,14 @@ class ModelConfig(Config):
             raise ValueError(f"scale {self.scale:g} does not fit: {reason}; take another, or other widths") from None
         return self
 
+    @model_validator(mode="after")
+    def _histories_apart(self) -> ModelConfig:
+        names = [history.name for history in self.histories]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"history {name!r} stands twice; name it once")
+        return self
+
     def unpooled_tables(self, schema: Schema) -> frozenset[str]:
         """Tables that the model looks up item by item; they are sharded, never replicated."""
         return frozenset()
@@ -64,6 +75,8 @@ class ModelConfig(Config):
             ConfigError: naming the key.
         """
         select_features(schema, self.features)
+        for history in self.histories:
+            history.check(schema)
 
 
 class Model(nn.Module):

@@ -62,7 +62,7 @@ class DeepFM(Model):
         super().__init__(config, schema, tasks)
         features = select_features(schema, config.features)
         dim = config.embedding_dim
-        self.terms = FactorizationTerms(schema, features, len(tasks), dim, embedding_device)
+        self.terms = FactorizationTerms(schema, features, len(tasks), dim, embedding_device, config.histories)
         in_dim = self.terms.factors.num_features * dim + self.terms.dense.num_features
         self.deep = config.mlp(in_dim, config.hidden)
         self.product_heads = ProductHeads(dim, len(tasks))

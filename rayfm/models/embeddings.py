@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from rayfm.config import ConfigError, DataError, nearest
 from rayfm.data.batch import Batch
+from rayfm.models.histories import HistoryEmbeddings, HistoryFeature
 from rayfm.models.jagged import KeyOrder, join, no_rows, padded
 from rayfm.schema import Feature, Schema
 
@@ -44,7 +45,7 @@ def select_features(schema: Schema, names: tuple[str, ...] | None) -> list[Featu
 
 
 class FeatureEmbeddings(nn.Module):
-    """One vector a feature and example, ``[B, F, E]``, in the schema's order.
+    """One vector a feature and example, ``[B, F, E]``, in the schema's order, histories last.
 
     A table is looked up once for all features that share it: single ids, multi-valued features and sequences are in
     one collection, weighted features in another. Lists are averaged, weighted lists are summed with their weights, and
@@ -55,10 +56,11 @@ class FeatureEmbeddings(nn.Module):
         features: what to embed; dense ones are passed over.
         embedding_dim: E, a multiple of 4.
         init_std: standard deviation of the tables' first values; 0 for tables of zeros.
+        histories: teachers' representations to embed beside the features.
         device: where the tables are built; ``meta`` where they will be sharded, by default torch's default device.
 
     Attributes:
-        names: the embedded features in the order of axis 1.
+        names: the embedded features and histories in the order of axis 1.
 
     Raises:
         ConfigError: a table is shared between a weighted feature and another kind, or cannot carry its name.
@@ -87,11 +89,14 @@ class FeatureEmbeddings(nn.Module):
         embedding_dim: int,
         *,
         init_std: float = INIT_STD,
+        histories: tuple[HistoryFeature, ...] = (),
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         embedded = [feature for feature in features if feature.kind != "dense"]
-        self.names = tuple(feature.name for feature in embedded)
+        self._looked_up = tuple(feature.name for feature in embedded)
+        self.histories = HistoryEmbeddings(histories, embedding_dim, init_std) if histories else None
+        self.names = self._looked_up + (self.histories.names if self.histories is not None else ())
         self.embedding_dim = embedding_dim
         weighted = [feature for feature in embedded if feature.kind == "weighted"]
         others = [feature for feature in embedded if feature.kind != "weighted"]
@@ -124,7 +129,14 @@ class FeatureEmbeddings(nn.Module):
         Raises:
             DataError: the batch lacks a feature.
         """
-        if not self.names:
+        looked_up_BFE = self._features(batch)
+        if self.histories is None:
+            return looked_up_BFE
+        return torch.cat([looked_up_BFE, self.histories(batch).to(looked_up_BFE.dtype)], dim=1)
+
+    def _features(self, batch: Batch) -> Tensor:
+        """The features alone."""
+        if not self._looked_up:
             return batch.dense.new_zeros(len(batch), 0, self.embedding_dim)
         rows = len(batch)
         looked_up = self._rows_to_look_up(batch)
@@ -159,9 +171,9 @@ class FeatureEmbeddings(nn.Module):
         if self.weighted_bags is not None:
             pooled.append(self.weighted_bags(weighted))
         # The plan of a sharded collection decides the order of its columns, so they are taken by name.
-        if len(pooled) == 1 and not self._averaged and tuple(pooled[0].keys()) == self.names:
+        if len(pooled) == 1 and not self._averaged and tuple(pooled[0].keys()) == self._looked_up:
             values: Tensor = pooled[0].values()
-            return values.view(-1, self.num_features, self.embedding_dim)
+            return values.view(-1, len(self._looked_up), self.embedding_dim)
         columns: dict[str, Tensor] = {}
         for keyed in pooled:
             columns |= keyed.to_dict()
@@ -169,7 +181,7 @@ class FeatureEmbeddings(nn.Module):
             counts_KB = ids.lengths().view(len(self._order.keys), -1).clamp_min(1)
             for name, key in self._averaged.items():
                 columns[name] = columns[name] / counts_KB[key].unsqueeze(1)
-        return torch.stack([columns[name] for name in self.names], dim=1)
+        return torch.stack([columns[name] for name in self._looked_up], dim=1)
 
 
 class DenseFeatures(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rayfm.data.batch import Batch
 from rayfm.models.base import MODELS, Model, ModelConfig, ModelOutput
 from rayfm.models.embeddings import INIT_STD, DenseFeatures, FeatureEmbeddings, flat_inputs, select_features
+from rayfm.models.histories import HistoryFeature
 from rayfm.models.mlp import full_precision, per_task
 from rayfm.schema import Feature, Schema
 
@@ -91,6 +92,7 @@ class FactorizationTerms(nn.Module):
         num_tasks: T.
         embedding_dim: E.
         device: where the collections are built.
+        histories: teachers' representations, each with a projection to a linear weight and one to factors.
     """
 
     def __init__(
@@ -100,11 +102,14 @@ class FactorizationTerms(nn.Module):
         num_tasks: int,
         embedding_dim: int,
         device: torch.device | None = None,
+        histories: tuple[HistoryFeature, ...] = (),
     ) -> None:
         super().__init__()
         self.num_tasks = num_tasks
-        self.factors = FeatureEmbeddings(schema, features, embedding_dim, device=device)
-        self.weights = FeatureEmbeddings(schema, features, -(-num_tasks // 4) * 4, init_std=0.0, device=device)
+        self.factors = FeatureEmbeddings(schema, features, embedding_dim, histories=histories, device=device)
+        self.weights = FeatureEmbeddings(
+            schema, features, -(-num_tasks // 4) * 4, init_std=0.0, histories=histories, device=device
+        )
         self.dense = DenseFeatures(schema, features)
         self.dense_factors = (
             DenseFactors(self.dense.num_features, num_tasks, embedding_dim) if self.dense.num_features else None
@@ -168,7 +173,9 @@ class FM(Model):
     ) -> None:
         super().__init__(config, schema, tasks)
         features = select_features(schema, config.features)
-        self.terms = FactorizationTerms(schema, features, len(tasks), config.embedding_dim, embedding_device)
+        self.terms = FactorizationTerms(
+            schema, features, len(tasks), config.embedding_dim, embedding_device, config.histories
+        )
         self.heads = ProductHeads(config.embedding_dim, len(tasks))
         self.representation_dim = self.terms.factors.num_features * config.embedding_dim + self.terms.dense.num_features
 

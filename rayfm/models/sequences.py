@@ -28,6 +28,7 @@ from rayfm.models.embeddings import (
     require_module_names,
     select_features,
 )
+from rayfm.models.histories import HistoryFeature
 from rayfm.models.jagged import KeyOrder, join, no_rows, padded
 from rayfm.schema import Feature, Schema
 
@@ -64,6 +65,7 @@ class SequenceEmbeddings(nn.Module):
         features: what to embed; dense ones are passed over.
         embedding_dim: E, a multiple of 4.
         reader: who reads, for messages: the model's name.
+        histories: teachers' representations to embed beside the features of one vector.
         device: where the tables are built; ``meta`` where they will be sharded.
 
     Attributes:
@@ -98,6 +100,7 @@ class SequenceEmbeddings(nn.Module):
         embedding_dim: int,
         *,
         reader: str,
+        histories: tuple[HistoryFeature, ...] = (),
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
@@ -105,11 +108,16 @@ class SequenceEmbeddings(nn.Module):
         self.sequences = require_sequences(features, reader)
         unpooled = {feature.table_name for feature in self.sequences}
         here = [feature for feature in features if feature.kind != "dense" and feature.table_name in unpooled]
-        self.names = tuple(feature.name for feature in features if feature.kind not in ("dense", "sequence"))
+        vectors = [feature.name for feature in features if feature.kind not in ("dense", "sequence")]
+        self.names = (*vectors, *(history.name for history in histories))
         self._pooled = tuple(feature.name for feature in here if feature.kind != "sequence")
         self.unpooled = _collection(schema, here, embedding_dim, device)
         self.pooled = FeatureEmbeddings(
-            schema, [feature for feature in features if feature not in here], embedding_dim, device=device
+            schema,
+            [feature for feature in features if feature not in here],
+            embedding_dim,
+            histories=histories,
+            device=device,
         )
         self._order = KeyOrder(
             tuple(name for table in self.unpooled.embedding_configs() for name in table.feature_names)
@@ -171,7 +179,14 @@ class SequenceBackbone(Backbone):
     def embed(self, features: list[Feature], device: torch.device | None) -> None:
         """Make ``inputs`` and ``dense``."""
         reader = str(vars(self.config)["type"])
-        self.inputs = SequenceEmbeddings(self.schema, features, self.config.embedding_dim, reader=reader, device=device)
+        self.inputs = SequenceEmbeddings(
+            self.schema,
+            features,
+            self.config.embedding_dim,
+            reader=reader,
+            histories=self.config.histories,
+            device=device,
+        )
         self.dense = DenseFeatures(self.schema, features)
 
 

@@ -26,24 +26,23 @@ from rayfm.models.fm import ProductHeads
 from rayfm.models.heads import TaskHeads
 from rayfm.models.mlp import MLP, per_task
 from rayfm.models.scaling import Width, Widths
-from rayfm.schema import Feature, Schema
+from rayfm.schema import Schema
 
 
 class Tower(nn.Module):
     """One side: its features of the shared look-up through an MLP to a vector: ``-> [B, V]``, float32.
 
     Args:
-        features: the tower's features.
+        names: the tower's features and histories.
         embedded: names of all embedded features, in the order of the look-up.
         dense: names of all dense features, in the order of their columns.
         config: the model's config.
     """
 
     def __init__(
-        self, features: list[Feature], embedded: tuple[str, ...], dense: tuple[str, ...], config: TwoTower.Config
+        self, names: set[str], embedded: tuple[str, ...], dense: tuple[str, ...], config: TwoTower.Config
     ) -> None:
         super().__init__()
-        names = {feature.name for feature in features}
         self._embedded = [position for position, name in enumerate(embedded) if name in names]
         self._dense = [position for position, name in enumerate(dense) if name in names]
         self._normalize = config.normalize
@@ -75,8 +74,9 @@ class TwoTower(Model):
     that the tasks' heads read. Its logit is no inner product, so items cannot be indexed for retrieval: it is for
     stages that score given candidates, where vectors may still be computed once and kept.
 
-    Features that neither tower's list names (the context) go to the user tower. One look-up serves both towers, so that
-    a table may be shared between them (the item's id and the items that the user watched).
+    Features that neither tower's list names (the context) go to the user tower; a history goes where its key is. One
+    look-up serves both towers, so that a table may be shared between them (the item's id and the items that the user
+    watched).
 
     Example::
 
@@ -153,11 +153,14 @@ class TwoTower(Model):
     ) -> None:
         super().__init__(config, schema, tasks)
         features = select_features(schema, config.features)
-        item = [feature for feature in features if feature.name in config.item_features]
-        user = [feature for feature in features if feature.name not in config.item_features]
-        self.embeddings = FeatureEmbeddings(schema, features, config.embedding_dim, device=embedding_device)
+        names = {feature.name for feature in features} | {history.name for history in config.histories}
+        # A history belongs to the side that knows its key.
+        item = {h.name for h in config.histories if h.key in config.item_features} | set(config.item_features)
+        self.embeddings = FeatureEmbeddings(
+            schema, features, config.embedding_dim, histories=config.histories, device=embedding_device
+        )
         self.dense = DenseFeatures(schema, features)
-        self.user = Tower(user, self.embeddings.names, self.dense.names, config)
+        self.user = Tower(names - item, self.embeddings.names, self.dense.names, config)
         self.item = Tower(item, self.embeddings.names, self.dense.names, config)
         self.temperature = config.temperature
         self.top: MLP | None = None

@@ -13,6 +13,7 @@ from rayfm.data.sources.base import SOURCES
 from rayfm.distill.base import OBJECTIVES, ObjectiveConfig
 from rayfm.distill.build import check_objectives
 from rayfm.models.base import MODELS, ModelConfig
+from rayfm.models.histories import HistoryFeature
 from rayfm.pipeline.tune_config import TuneConfig
 from rayfm.schema import LOGGED_PREFIX, Schema
 from rayfm.training.config import TrainingConfig
@@ -243,6 +244,9 @@ class PipelineConfig(Config):
                             f"'{LOGGED_PREFIX}<model>' alone, since labels are made for students"
                         )
             self._check_objectives(name, teacher, teacher.objectives)
+            if teacher.model.histories:
+                raise ValueError(f"{name}: 'histories' are for students; a teacher reads no other teacher's labels")
+        self._check_histories()
         trainings = [(f"teacher {name}", teacher.training) for name, teacher in self.teachers.items()]
         for name, training in [*trainings, *((f"group {name}", group) for name, group in self.groups.items())]:
             self._check_training(name, training)
@@ -255,6 +259,26 @@ class PipelineConfig(Config):
                         "replicated, as optimiser adam needs; give it another one in 'table_overrides'"
                     )
         return self
+
+    def _check_histories(self) -> None:
+        first: dict[str, tuple[str, HistoryFeature]] = {}
+        for name, student in self.students.items():
+            for history in student.model.histories:
+                teacher = self.teachers.get(history.teacher)
+                if teacher is None:
+                    known = nearest(history.teacher, list(self.teachers)) or "; no teacher is defined"
+                    raise ValueError(f"{name}: {history.name}: there is no teacher {history.teacher!r}{known}")
+                if not teacher.store_representation:
+                    raise ValueError(
+                        f"{name}: {history.name} is made of representations that are not stored; set "
+                        f"teachers.{history.teacher}.store_representation: true"
+                    )
+                other, same = first.setdefault(history.name, (name, history))
+                if same != history:
+                    raise ValueError(
+                        f"{name}: {history.name} differs from that of {other!r}; students share a teacher's history by "
+                        "a key, so give both the same decay, positives_of and width"
+                    )
 
     def _check_training(self, owner: str, training: TrainingConfig) -> None:
         for table in (*training.table_overrides, *training.sharding_overrides):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from rayfm.config import ConfigError
+from rayfm.models.base import ModelConfig
 from rayfm.models.build import build_model
+from rayfm.models.histories import HistoryFeature
 from rayfm.pipeline.config import LabelsConfig, PipelineConfig, StudentConfig
 from rayfm.training.learner import LearnerConfig
 from rayfm.training.spec import TrainerSpec
@@ -62,6 +64,8 @@ def periods_to_label(config: PipelineConfig, periods: tuple[str, ...], teacher: 
 
     The first period can have none: no teacher was trained before it.
     """
+    if any(history.teacher == teacher for history in histories(config)):
+        return periods[1:]  # a history of every period, and each period may be predicted with it
     students = [s for s in config.students.values() if any(c.startswith(f"{teacher}/") for c in _columns(config, s))]
     seen = student_periods(config, periods)
     count = trained_periods(seen, config.schedule.students_through)
@@ -71,8 +75,25 @@ def periods_to_label(config: PipelineConfig, periods: tuple[str, ...], teacher: 
 
 def _columns(config: PipelineConfig, student: StudentConfig) -> list[str]:
     tasks = config.tasks_of(student)
-    read = [c for terms in student.variants.values() for term in terms for c in term.supervision(tasks)]
-    return [*read, *student.reference.values()]
+    terms = [term for variant in student.variants.values() for term in variant]
+    read = [column for term in terms for column in term.supervision(tasks)]
+    represented = [f"{teacher}/representation" for term in terms for teacher in term.representations()]
+    return [*read, *represented, *student.reference.values()]
+
+
+def histories(config: PipelineConfig) -> tuple[HistoryFeature, ...]:
+    """The histories that any student reads, each once, with their widths."""
+    widths = representation_widths(config)
+    found = {h.name: h for s in config.students.values() for h in _with_widths(s.model, widths).histories}
+    return tuple(found.values())
+
+
+def _with_widths(model: ModelConfig, widths: dict[str, int]) -> ModelConfig:
+    """``model`` told how wide the teachers' representations are."""
+    told = tuple(
+        h if h.width is not None else h.model_copy(update={"width": widths[h.teacher]}) for h in model.histories
+    )
+    return model.model_copy(update={"histories": told}) if told else model
 
 
 def _span(periods: list[str]) -> str:
@@ -129,7 +150,7 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
                 model_name=name,
                 variant=variant,
                 seed=seed,
-                model=student.model,
+                model=_with_widths(student.model, widths),
                 tasks=config.tasks_of(student),
                 objectives=tuple(objective.with_widths(widths) for objective in objectives),
                 reference=student.reference,
@@ -142,6 +163,7 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
             for seed in config.seeds
         )
         represented = {name for learner in learners for name in learner.representations()}
+        represented |= {history.teacher for learner in learners for history in learner.histories().values()}
         read = [column for learner in learners for column in (*learner.supervision(), *learner.reference.values())]
         wanted = [student.model.features for student in students.values()]
         names = {name for features in wanted for name in features or ()}
@@ -175,6 +197,7 @@ def representation_widths(config: PipelineConfig) -> dict[str, int]:
     """Width of the representation of each teacher that a student reads one of."""
     objectives = [o for student in config.students.values() for variant in student.variants.values() for o in variant]
     names = {name for objective in objectives for name in objective.representations()}
+    names |= {history.teacher for student in config.students.values() for history in student.model.histories}
     return {
         name: build_model(
             teacher.model, config.schema_, config.tasks_of(teacher), device=torch.device("meta")

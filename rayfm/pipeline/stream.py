@@ -24,12 +24,14 @@ from rayfm.data.prepare import missing_periods
 from rayfm.data.prepare import prepare as prepare_source
 from rayfm.data.sources.base import SOURCES
 from rayfm.data.store import ExampleStore
+from rayfm.labels.history import HistoryStore
 from rayfm.labels.store import LabelStore
 from rayfm.pipeline.capacity import check_capacity
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.pipeline.plan import (
     choose_periods,
     group_labels,
+    histories,
     periods_to_label,
     student_specs,
     teacher_key,
@@ -39,7 +41,7 @@ from rayfm.pipeline.records import RunRecords
 from rayfm.pipeline.session import cluster_resources, ray_session
 from rayfm.pipeline.tickets import Tickets, TrainerTickets, check_order, metadata_path
 from rayfm.serving.application import start_teacher, stop_teacher
-from rayfm.serving.labelling import StoredLabels, label_period
+from rayfm.serving.labelling import StoredLabels, history_spec, label_period
 from rayfm.serving.teacher import TeacherServiceConfig
 from rayfm.snapshots.collect import Collector
 from rayfm.snapshots.load import SnapshotStore
@@ -178,6 +180,7 @@ class Pipeline:
                     "run `rayfm train` for it first"
                 )
             self._wait_prepared(period, timeout)
+            self._histories(teacher, index)
             version = str(trained["versions"][key])
             lease = self.collector.hold(key, version, f"label {period}", LEASE_S)
             stop = self._keep(lease)
@@ -199,6 +202,21 @@ class Pipeline:
             finally:
                 stop()
             self.tickets.put("labelled", teacher, period, ticket)
+
+    def _histories(self, teacher: str, index: int) -> None:
+        """Before a period is labelled: what its students may know of the labels of the periods before it."""
+        before = self.tickets.get("labelled", teacher, self.periods[index - 1])
+        earlier = None
+        if before is not None:
+            earlier = self.periods[index - 1], str(before["version"]), int(before["table_version"])
+        for history in histories(self.config):
+            if history.teacher == teacher:
+                HistoryStore(self.run_dir).advance(
+                    history_spec(history),
+                    self.store,
+                    self.periods[index],
+                    earlier,
+                )
 
     def _wait_prepared(self, period: str, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -18,11 +18,13 @@ from rayfm.data.reader import quiet_ray_data
 from rayfm.data.steps import Lookup, RepresentationLookup
 from rayfm.data.store import ExampleStore
 from rayfm.labels.columns import check_leak
+from rayfm.labels.history import HistoryLookup, HistorySpec
 from rayfm.labels.lane_file import LaneRecord, write_lane_file
 from rayfm.labels.lookup import LabelLookup
 from rayfm.labels.pins import Pin
 from rayfm.labels.store import LabelStore
 from rayfm.models.base import MODELS
+from rayfm.models.histories import HistoryFeature
 from rayfm.schema import EXAMPLE_ID, TRAFFIC, WEIGHTS_SUFFIX, Kind, Schema
 from rayfm.serving.teacher import TeacherHere
 from rayfm.snapshots.load import SnapshotStore
@@ -204,6 +206,12 @@ def label_period(
     }
 
 
+def history_spec(history: HistoryFeature) -> HistorySpec:
+    """What the label store is told of a model's history, whose width is known."""
+    assert history.width is not None
+    return HistorySpec(history.teacher, history.key, history.decay, history.positives_of, history.width)
+
+
 class StoredLabels:
     """Makes look-ups for training workers, each at a pinned table version.
 
@@ -231,6 +239,14 @@ class StoredLabels:
             LabelError: as `lookup`; while reading, if none are stored or their width is another.
         """
         return LabelLookup(self._pin(teacher, labels), teacher, labels.version, (), width)
+
+    def history(self, history: HistoryFeature, store: ExampleStore, period: str) -> RepresentationLookup:
+        """What the teacher thought of the entities' past, as of just before ``period``.
+
+        Raises:
+            LabelError: there is no such state, or it was made by another config.
+        """
+        return HistoryLookup(self.root, history_spec(history), store, period)
 
     def _pin(self, teacher: str, labels: PinnedLabels) -> Pin:
         store = LabelStore(self.root, self.metadata)

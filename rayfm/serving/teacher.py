@@ -63,7 +63,8 @@ def load_version(store: SnapshotStore, model: str, version: str) -> LoadedVersio
     config: ModelConfig = MODELS[manifest.config["type"]].Config.model_validate(manifest.config)
     served = export_model(config, schema, manifest.tasks, tensors)
     served.eval()
-    encoder = Encoder(schema, config.features, labels=False)
+    histories = tuple((history.name, history.width or 0) for history in config.histories)
+    encoder = Encoder(schema, config.features, labels=False, representations=histories)
     return LoadedVersion(version, manifest.trained_through, served, encoder, manifest.tasks)
 
 
@@ -135,6 +136,12 @@ def conform_request(encoder: Encoder, table: pa.Table) -> pa.Table:
         columns[name], unfit = conform(name, table[name], types[name])
         if unfit is not None and unfit.any():
             raise DataError(f"row {int(unfit.argmax())}: column {name!r} holds a value that no {types[name]} can")
+    for name, width in encoder.representations:
+        if name in table.column_names:
+            try:
+                columns[name] = table[name].cast(pa.list_(pa.float32(), width))
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise DataError(f"column {name!r}: give lists of {width} floats, or null ({error})") from None
     return pa.table(columns)
 
 

@@ -24,6 +24,7 @@ from rayfm.distill.base import OBJECTIVES, ObjectiveConfig
 from rayfm.distill.build import build_objectives
 from rayfm.models.base import MODELS, ModelConfig, ModelOutput
 from rayfm.models.build import build_model
+from rayfm.models.histories import HistoryFeature
 from rayfm.schema import Schema
 from rayfm.snapshots.publish import TensorSlice
 from rayfm.training.config import TrainingConfig
@@ -74,6 +75,10 @@ class LearnerConfig(Config):
     def representations(self) -> dict[str, int]:
         """Teacher -> width of its stored representation, for those that training reads."""
         return {name: width for o in self.objectives for name, width in o.representations().items() if width}
+
+    def histories(self) -> dict[str, HistoryFeature]:
+        """Name -> history, of those that the model reads."""
+        return {history.name: history for history in self.model.histories}
 
 
 class DivergenceError(RayfmError):

@@ -24,6 +24,7 @@ from rayfm.export.calibration import CalibrationSums, Fits
 from rayfm.export.calibrator import Calibrator
 from rayfm.export.served import CALIBRATOR_PREFIX
 from rayfm.metrics import MetricState, RateCounter, bootstrap_weights
+from rayfm.models.histories import HistoryFeature
 from rayfm.schema import LOGGED_PREFIX
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import version_id
@@ -177,10 +178,11 @@ class TrainingLoop:
         }
         columns = tuple(dict.fromkeys(c for learner in self.spec.learners for c in learner.reference.values()))
         labels: dict[str, PinnedLabels] = {}
-        if any(column.split("/")[0] in self.spec.teachers for column in columns):
+        if self._histories() or any(column.split("/")[0] in self.spec.teachers for column in columns):
             with parts.timed("wait"):
                 labels = self._agree(lambda: self.coordinator.wait_labels(period))
-        plan, encoder = self._plan(columns, labels, self.spec.training.predict_batch_size, self.spec.evaluated_share)
+        size = self.spec.training.predict_batch_size
+        plan, encoder = self._plan(period, columns, labels, size, self.spec.evaluated_share)
         reader = ArrowReader(plan, encoder, self.rank, self.world)
         steps = reader.steps(period)
         for step, cpu_batch in enumerate(parts.iterate(reader.batches(period))):
@@ -295,19 +297,24 @@ class TrainingLoop:
         training = self.spec.training
         columns = tuple(dict.fromkeys(c for learner in self.spec.learners for c in learner.supervision()))
         widths = {name: width for learner in self.spec.learners for name, width in learner.representations().items()}
-        plan, encoder = self._plan(columns, labels, training.batch_size, self.spec.consideration_share, widths)
+        period, share = self.spec.periods[index], self.spec.consideration_share
+        plan, encoder = self._plan(period, columns, labels, training.batch_size, share, widths)
         if training.reader == "arrow":
             return ArrowReader(plan, encoder, self.rank, self.world)
         if self.spec.teachers:  # labels arrive period by period, and with them their version
-            return RayDataReader(plan, encoder, [self.spec.periods[index]], self.rank, self.world, start)
-        if self._ray_reader is None or self.spec.periods[index] not in self._ray_reader.periods:
+            return RayDataReader(plan, encoder, [period], self.rank, self.world, start)
+        if self._ray_reader is None or period not in self._ray_reader.periods:
             prepared = set(self.store.periods())
             known = [period for period in self.spec.periods[index:] if period in prepared]
             self._ray_reader = RayDataReader(plan, encoder, known, self.rank, self.world, start)
         return self._ray_reader
 
+    def _histories(self) -> dict[str, HistoryFeature]:
+        return {name: history for learner in self.spec.learners for name, history in learner.histories().items()}
+
     def _plan(
         self,
+        period: str,
         supervision: tuple[str, ...],
         labels: dict[str, PinnedLabels],
         batch_size: int,
@@ -317,7 +324,9 @@ class TrainingLoop:
         features = self.spec.features
         if features is not None:  # every model takes its own columns from all the dense ones
             features = (*features, *(f.name for f in self.spec.schema_.features if f.kind == "dense"))
-        representations = tuple((widths or {}).items())
+        histories = self._histories()
+        read = {**(widths or {}), **{name: history.width or 0 for name, history in histories.items()}}
+        representations = tuple(read.items())
         encoder = Encoder(self.spec.schema_, features, supervision, representations=representations)
         lookups: list[Lookup] = []
         truth = tuple(name for name in supervision if name.startswith("truth/"))
@@ -333,6 +342,12 @@ class TrainingLoop:
             self.label_source.representation(teacher, labels[teacher], width)
             for teacher, width in representations
             if teacher in labels and self.label_source is not None
+        )
+        # Where the teacher has labelled nothing yet, nobody has a history.
+        stored += tuple(
+            self.label_source.history(history, self.store, period)
+            for history in histories.values()
+            if history.teacher in labels and self.label_source is not None
         )
         plan = ReadPlan(self.store, columns, batch_size, supervision, tuple(lookups), share, representations, stored)
         return plan, encoder

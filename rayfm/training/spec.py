@@ -7,6 +7,8 @@ from typing import Protocol
 
 from rayfm.config import Config
 from rayfm.data.steps import Lookup, RepresentationLookup
+from rayfm.data.store import ExampleStore
+from rayfm.models.histories import HistoryFeature
 from rayfm.schema import Schema
 from rayfm.training.config import TrainingConfig
 from rayfm.training.learner import LearnerConfig
@@ -87,4 +89,8 @@ class LabelSource(Protocol):
 
     def representation(self, teacher: str, labels: PinnedLabels, width: int) -> RepresentationLookup:
         """The representations, ``width`` wide, that the same version stored."""
+        ...
+
+    def history(self, history: HistoryFeature, store: ExampleStore, period: str) -> RepresentationLookup:
+        """What the teacher thought of the entities' past, as of just before ``period``."""
         ...
