@@ -7,7 +7,6 @@ at once, so no prediction passes the driver; files of a job that was killed stay
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from rayfm.labels.columns import (
     check_part,
     task_column,
 )
+from rayfm.labels.storage import Storage
 from rayfm.schema import KINDS, Kind, Task
 
 ROW_GROUP_ROWS = 32_768
@@ -66,7 +66,7 @@ class LaneRecord(Config):
 
 
 def write_lane_file(
-    root: str | Path,
+    root: str | Path | Storage,
     *,
     teacher: str,
     version: str,
@@ -111,8 +111,8 @@ def write_lane_file(
     if REPRESENTATION in table.column_names:
         columns[REPRESENTATION] = _representation(where, table)
     data = pa.table(columns)
-    relative = f"{TEACHER}={teacher}/{PERIOD}={period}/{version}-{kind}-lane-{lane:05d}-{uuid.uuid4().hex[:16]}.parquet"
-    size, modified_ms = _write(Path(root) / "labels" / relative, data)
+    relative = data_path(teacher, period, f"{version}-{kind}-lane-{lane:05d}")
+    size, modified_ms = Storage.of(root).files().write(relative, lambda file: _write(file, data))
     known = [data[task_column(task.name)].is_valid() for task in tasks]
     labelled = known[0]
     for other in known[1:]:
@@ -194,36 +194,27 @@ def _representation(where: str, table: pa.Table) -> pa.ChunkedArray:
     return column.cast(pa.list_(pa.float32(), kind.list_size))
 
 
-def _row_group_rows(data: pa.Table) -> int:
-    if REPRESENTATION not in data.column_names:
+def data_path(teacher: str, period: str, name: str) -> str:
+    """A path that no other data file has, relative to the table."""
+    return f"{TEACHER}={teacher}/{PERIOD}={period}/{name}-{uuid.uuid4().hex[:16]}.parquet"
+
+
+def row_group_rows(schema: pa.Schema) -> int:
+    """Rows of a row group of a file with these columns."""
+    if REPRESENTATION not in schema.names:
         return ROW_GROUP_ROWS
-    width = int(data[REPRESENTATION].type.list_size)
+    width = int(schema.field(REPRESENTATION).type.list_size)
     return max(1024, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // (4 * width)))
 
 
-def _write(path: Path, data: pa.Table) -> tuple[int, int]:
-    """Write a data file durably under its name or not at all; its size and modification time in milliseconds."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                pq.write_table(
-                    data,
-                    file,
-                    row_group_size=_row_group_rows(data),
-                    compression="zstd",
-                    use_dictionary=[VERSION, KIND, LANE],
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        status = path.stat()
-    except OSError as error:
-        raise LabelError(f"{path}: cannot write ({error.strerror or error}); free space or fix access") from None
-    return status.st_size, int(status.st_mtime * 1000)
+def parquet_writer(file: Any, schema: pa.Schema) -> pq.ParquetWriter:
+    """A writer of label files: compressed; version, kind and lane are dictionaries, and statistics stand."""
+    return pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=[VERSION, KIND, LANE])
+
+
+def _write(file: Any, data: pa.Table) -> None:
+    with parquet_writer(file, data.schema) as writer:
+        writer.write_table(data, row_group_size=row_group_rows(data.schema))
 
 
 def _stats(data: pa.Table, place: dict[str, Any]) -> dict[str, Any]:

@@ -18,15 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from rayfm.config import LabelError
 from rayfm.data.conform import one_array
 from rayfm.labels.columns import EXAMPLE_ID, KIND, LANE, REPRESENTATION, ROW, TASK_PREFIX, VERSION, task_column
-from rayfm.labels.index import LabelFile, label_files
+from rayfm.labels.delta import open_table
+from rayfm.labels.index import LabelFile, RowGroup, label_files, open_file, row_groups, unreadable
 from rayfm.labels.pins import Pin
-from rayfm.labels.store import LabelStore
+from rayfm.labels.storage import Files, Storage
 from rayfm.schema import Kind
 
 Float32 = npt.NDArray[np.float32]
@@ -77,23 +77,12 @@ class LabelRows:
             getattr(self, name)[rows] = getattr(others, name)
 
 
-@dataclasses.dataclass(frozen=True)
-class _RowGroup:
-    """A row group that may hold rows of the lane, at positions in ``[low, high]``."""
-
-    path: Path
-    index: int
-    low: int
-    high: int
-    mixed: bool
-    """Whether it may also hold rows of other lanes (after a compaction)."""
-
-
 class LaneLabels:
     """One lane's labels by one teacher version.
 
     Args:
-        files: data files that may hold them.
+        data: the table's files.
+        paths: those that may hold them.
         version, kind, lane: which rows of the files are meant.
         tasks: the columns of the answers.
         name: for messages.
@@ -102,7 +91,8 @@ class LaneLabels:
 
     def __init__(
         self,
-        files: Sequence[Path],
+        data: Files,
+        paths: Sequence[str],
         version: str,
         kind: Kind,
         lane: int,
@@ -111,11 +101,9 @@ class LaneLabels:
         width: int = 0,
     ) -> None:
         self.version, self.kind, self.lane, self.tasks, self.name = version, kind, lane, tasks, name
-        self.width = width
-        self._groups = sorted(
-            (group for path in files for group in self._row_groups(path)), key=lambda group: (group.low, group.high)
-        )
-        self._kept: OrderedDict[_RowGroup, LabelRows] = OrderedDict()
+        self.width, self._data = width, data
+        self._groups = sorted((group for path in paths for group in self._row_groups(path)), key=_positions)
+        self._kept: OrderedDict[tuple[str, int], LabelRows] = OrderedDict()
         self._by_id: tuple[Int64, LabelRows] | None = None
 
     def rows(self, start: int, stop: int, example_ids: Int64) -> tuple[Float32, Bool]:
@@ -162,29 +150,22 @@ class LaneLabels:
             answer.put(rest[hit], lane.take(order[at[hit]]))
         return answer
 
-    def _row_groups(self, path: Path) -> list[_RowGroup]:
+    def _row_groups(self, path: str) -> list[RowGroup]:
         """The row groups of a file that may hold rows of the lane."""
-        with _open(path) as file:
-            names = file.schema_arrow.names
-            for task in self.tasks:
-                if task_column(task) not in names:
-                    known = ", ".join(name.removeprefix(TASK_PREFIX) for name in names if name.startswith(TASK_PREFIX))
-                    raise LabelError(f"{self.name}: no predictions of task {task!r}; there are: {known}")
-            if self.width and REPRESENTATION not in names:
-                raise self._no_representation()
-            wanted = {VERSION: self.version, KIND: self.kind, LANE: self.lane}
-            found = []
-            for index in range(file.metadata.num_row_groups):
-                bounds = _bounds(file.metadata.row_group(index))
-                if all(low <= wanted[name] <= high for name, (low, high) in bounds.items() if name in wanted):
-                    low, high = bounds.get(ROW, (0, np.iinfo(np.int64).max))
-                    mixed = any(bounds.get(name) != (value, value) for name, value in wanted.items())
-                    found.append(_RowGroup(path, index, int(low), int(high), mixed))
-        return found
+        file = open_file(self._data, path)
+        names = file.schema_arrow.names
+        for task in self.tasks:
+            if task_column(task) not in names:
+                known = ", ".join(name.removeprefix(TASK_PREFIX) for name in names if name.startswith(TASK_PREFIX))
+                raise LabelError(f"{self.name}: no predictions of task {task!r}; there are: {known}")
+        if self.width and REPRESENTATION not in names:
+            raise self._no_representation()
+        return [group for group in row_groups(file, path) if group.may_hold(self.version, self.kind, self.lane)]
 
     def _between(self, start: int, stop: int) -> LabelRows:
         """Labels at positions ``[start, stop)``."""
-        parts = [self._read(group) for group in self._groups if group.low < stop and group.high >= start]
+        reach = ((group, *_positions(group)) for group in self._groups)
+        parts = [self._read(group) for group, low, high in reach if low < stop and high >= start]
         for group in list(self._kept)[: max(0, len(self._kept) - max(KEPT_GROUPS, len(parts)))]:
             del self._kept[group]
         cut = []
@@ -218,21 +199,23 @@ class LaneLabels:
             )
         return merged
 
-    def _read(self, group: _RowGroup) -> LabelRows:
-        if group not in self._kept:
-            self._kept[group] = self._load(group)
-        self._kept.move_to_end(group)
-        return self._kept[group]
+    def _read(self, group: RowGroup) -> LabelRows:
+        key = (group.path, group.index)
+        if key not in self._kept:
+            self._kept[key] = self._load(group)
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
-    def _load(self, group: _RowGroup) -> LabelRows:
-        columns = [ROW, EXAMPLE_ID, *map(task_column, self.tasks), *((VERSION, KIND, LANE) if group.mixed else ())]
+    def _load(self, group: RowGroup) -> LabelRows:
+        mixed = group.place is None
+        columns = [ROW, EXAMPLE_ID, *map(task_column, self.tasks), *((VERSION, KIND, LANE) if mixed else ())]
         columns += [REPRESENTATION] if self.width else []
-        with _open(group.path) as file:
-            try:
-                table = file.read_row_group(group.index, columns=columns, use_threads=False)
-            except (OSError, pa.ArrowInvalid) as error:
-                raise _unreadable(group.path, error) from None
-        if group.mixed:
+        file = open_file(self._data, group.path)
+        try:
+            table = file.read_row_group(group.index, columns=columns, use_threads=False)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise unreadable(group.path, error) from None
+        if mixed:
             ours = pc.and_(
                 pc.and_(pc.equal(table[VERSION], self.version), pc.equal(table[KIND], self.kind)),
                 pc.equal(table[LANE], self.lane),
@@ -285,7 +268,7 @@ class LabelLookup:
     training thread.
 
     Args:
-        source: a pin; or the store's root and a table version (None: the newest now).
+        source: a pin; or the store's root (as `LabelStore`'s) and a table version (None: the newest now).
         teacher, version: whose labels.
         tasks: which predictions.
         width: R, to look up representations too; 0 for none.
@@ -300,7 +283,7 @@ class LabelLookup:
 
     def __init__(
         self,
-        source: Pin | tuple[str | Path, int | None],
+        source: Pin | tuple[str | Path | Storage, int | None],
         teacher: str,
         version: str,
         tasks: Sequence[str],
@@ -311,22 +294,20 @@ class LabelLookup:
                 raise LabelError(
                     f"the pin is of {source.teacher}@{source.version}, not of {teacher}@{version}; pin what is read"
                 )
-            root: Path = Path(source.root)
-            number: int | None = source.table_version
-        else:
-            root, number = Path(source[0]), source[1]
+            source = source.storage, source.table_version
+        storage, number = Storage.of(source[0]), source[1]
         if not tasks and not width:
             raise LabelError(f"no tasks of {teacher}@{version} to look up; name some")
-        table = LabelStore(root).open(number)
+        table = open_table(storage, number)
         if table is None:
-            raise LabelError(f"{root / 'labels'}: no labels yet; run `rayfm label` first")
-        self.root, self.teacher, self.version, self.tasks = root, teacher, version, tuple(tasks)
+            raise LabelError(f"{storage.table}: no labels yet; run `rayfm label` first")
+        self.storage, self.teacher, self.version, self.tasks = storage, teacher, version, tuple(tasks)
         self.table_version: int = table.version()
         self.columns = tuple(f"{teacher}/{task}" for task in tasks)
         self.name, self.width = teacher, width
         self._files = self._by_period(table)
         self._lanes: dict[tuple[str, Kind, int], LaneLabels] = {}
-        self._lock = threading.Lock()
+        self._lock, self._data = threading.Lock(), storage.files()
 
     def _by_period(self, table: DeltaTable) -> dict[str, list[LabelFile]]:
         files: dict[str, list[LabelFile]] = {}
@@ -336,21 +317,18 @@ class LabelLookup:
         return files
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_lanes": {}}
+        left = ("_lock", "_data")
+        return {name: value for name, value in self.__dict__.items() if name not in left} | {"_lanes": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self._lock, self._data = threading.Lock(), self.storage.files()
 
     def lane(self, period: str, kind: Kind, lane: int) -> LaneLabels:
         """The labels of one lane; empty where there are none."""
-        files = [
-            self.root / "labels" / file.path
-            for file in self._files.get(period, [])
-            if file.may_hold(self.version, kind, lane)
-        ]
+        paths = [file.path for file in self._files.get(period, []) if file.may_hold(self.version, kind, lane)]
         name = f"labels of {self.teacher}@{self.version} for {period}/{kind}/lane {lane}"
-        return LaneLabels(files, self.version, kind, lane, self.tasks, name, self.width)
+        return LaneLabels(self._data, paths, self.version, kind, lane, self.tasks, name, self.width)
 
     def rows(self, period: str, kind: Kind, lane: int, start: int, stop: int, ids: Int64) -> tuple[Float32, Bool]:
         """Values ``[n, S]`` and mask ``[n, S]`` of rows ``[start, stop)`` of a lane whose example ids are ``ids``.
@@ -374,24 +352,7 @@ class LabelLookup:
         return self._lanes[key]
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: Exception) -> LabelError:
-    return LabelError(f"{path}: missing or corrupt label file ({error}); label the period again")
-
-
-def _bounds(group: pq.RowGroupMetaData) -> dict[str, tuple[Any, Any]]:
-    """Column -> lowest and highest value in a row group, of the columns that have statistics."""
-    columns = [group.column(index) for index in range(group.num_columns)]
-    return {
-        column.path_in_schema: (column.statistics.min, column.statistics.max)
-        for column in columns
-        if column.path_in_schema in (VERSION, KIND, LANE, ROW)
-        and column.statistics is not None
-        and column.statistics.has_min_max
-    }
+def _positions(group: RowGroup) -> tuple[int, int]:
+    """The first and last position that a row group may hold."""
+    low, high = group.row.low, group.row.high
+    return (0, np.iinfo(np.int64).max) if low is None or high is None else (low, high)

@@ -14,6 +14,7 @@ import uuid
 
 from rayfm.config import LabelError
 from rayfm.labels.columns import check_part
+from rayfm.labels.storage import Storage
 from rayfm.snapshots.metadata.base import Conflict, Lease, MetadataStore
 
 _PINS, _FLOOR = "labels/pins/", "labels/floor"
@@ -23,8 +24,7 @@ _PINS, _FLOOR = "labels/pins/", "labels/floor"
 class Pin:
     """One version of the label table, and whose labels are read from it. Pickles; a look-up is made from it."""
 
-    root: str
-    """As `LabelStore`'s."""
+    storage: Storage
 
     table_version: int
     teacher: str
@@ -49,7 +49,8 @@ def take(metadata: MetadataStore, table_version: int, teacher: str, version: str
             metadata.release(lease)
             raise LabelError(
                 f"version {table_version} of the label table is vacuumed (the oldest that can be pinned is {settled}); "
-                "pin the newest version"
+                f"pin the newest version, or run `rayfm label` again, which says where labels of {teacher}@{version} "
+                "stand now"
             )
         if table_version >= proposed or _write(metadata, settled, table_version, revision) is not None:
             return lease
@@ -63,6 +64,15 @@ def floor(metadata: MetadataStore) -> int:
 def pinned_versions(metadata: MetadataStore) -> list[int]:
     """Table versions under a living lease, oldest first; also ones that are about to be refused."""
     return sorted({int(lease.name.removeprefix(_PINS).split("/")[0]) for lease in metadata.leases(_PINS)})
+
+
+def pin_owners(metadata: MetadataStore) -> dict[tuple[str, str], list[str]]:
+    """(teacher, version) under a living lease -> who holds it, by name."""
+    owners: dict[tuple[str, str], set[str]] = {}
+    for lease in metadata.leases(_PINS):
+        _, teacher, version, _ = lease.name.removeprefix(_PINS).split("/")
+        owners.setdefault((teacher, version), set()).add(lease.owner)
+    return {what: sorted(names) for what, names in owners.items()}
 
 
 def settle_floor(metadata: MetadataStore, newest: int) -> int:

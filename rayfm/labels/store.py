@@ -3,46 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, Field, Transaction
-from deltalake import Schema as DeltaSchema
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from deltalake.schema import PrimitiveType
-from deltalake.transaction import AddAction
+from deltalake import DeltaTable, Transaction
 
-from rayfm.config import LabelError
+from rayfm.config import LabelError, nearest
 from rayfm.labels import pins
-from rayfm.labels.columns import (
-    PARTITIONS,
-    PERIOD,
-    TASK_PREFIX,
-    TEACHER,
-    VERSION,
-    check_leak,
-    check_part,
-    check_table,
-    check_task,
-    table_schema,
-    task_column,
+from rayfm.labels.columns import check_leak, check_task
+from rayfm.labels.delta import (
+    RETRIES,
+    Change,
+    add_tasks,
+    apply,
+    create_table,
+    oldest_in_use,
+    open_table,
+    table_tasks,
+    taking_turns,
+    was_expired,
 )
-from rayfm.labels.index import LabelFile, LabelGroup, groups, label_files
+from rayfm.labels.index import LabelGroup, groups, label_files
 from rayfm.labels.lane_file import LaneRecord, write_lane_file
 from rayfm.labels.pins import Pin
+from rayfm.labels.storage import Storage, one_line
 from rayfm.schema import Kind, Task
 from rayfm.snapshots.metadata.base import MetadataStore
-
-RETRIES = 100
-
-_CONFIGURATION = {
-    # Old table versions stay readable for as long as they are pinned, whatever their age.
-    "delta.enableExpiredLogCleanup": "false",
-    "delta.dataSkippingNumIndexedCols": "-1",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +51,25 @@ class LabelStore:
     """Labels below ``<root>/labels``, made on the first commit. Any number of processes may write and read.
 
     Args:
-        root: a local or mounted folder that writers and readers see.
+        root: a local or mounted folder that writers and readers see, or ``s3://bucket/prefix``, or a `Storage`, which
+            also says how to reach the bucket.
         metadata: where pins live; None for a store that only commits and reads.
+
+    Raises:
+        ConfigError: the root is neither.
     """
 
-    def __init__(self, root: str | Path, metadata: MetadataStore | None = None) -> None:
-        self.root, self.metadata = Path(root), metadata
-        self.folder = self.root / "labels"
+    def __init__(self, root: str | Path | Storage, metadata: MetadataStore | None = None) -> None:
+        self.storage, self.metadata = Storage.of(root), metadata
+        self.files = self.storage.files()
 
     def __repr__(self) -> str:
-        return f"LabelStore({str(self.root)!r})"
+        return f"LabelStore({self.storage.root!r})"
+
+    @property
+    def root(self) -> str:
+        """The folder or URL that it was opened with."""
+        return self.storage.root
 
     def open(self, table_version: int | None = None) -> DeltaTable | None:
         """The Delta table at a version (None: the newest), checked; None where nothing was ever labelled.
@@ -80,15 +77,7 @@ class LabelStore:
         Raises:
             LabelError: the folder holds another table (naming the column that differs), or no such version.
         """
-        try:
-            table = DeltaTable(str(self.folder), version=table_version)
-        except TableNotFoundError:
-            return None
-        except (DeltaError, OSError) as error:
-            what = "the table" if table_version is None else f"version {table_version} of the table"
-            raise LabelError(f"{self.folder}: cannot open {what} ({error}); see `rayfm labels list`") from None
-        check_table(str(self.folder), pa.schema(table.schema().to_arrow()), table.metadata().partition_columns)
-        return table
+        return open_table(self.storage, table_version)
 
     def commit(
         self,
@@ -101,9 +90,8 @@ class LabelStore:
         """Make the lanes that workers wrote visible, all at once and exactly once.
 
         A lane that the same teacher version has labelled already is skipped, so a job that runs twice, or races with
-        its twin, doubles nothing. Commits are optimistic: each is decided on one version of the table and fails if
-        that is no longer the newest; then the newest is loaded and the decision made anew. Every commit moves the
-        application transaction ``lanes/<teacher>`` on.
+        its twin, doubles nothing. Commits take turns (`rayfm.labels.delta`): each is decided on the version of the
+        table that it follows.
 
         Args:
             records: what `write_lane_file` returned, of one teacher.
@@ -116,37 +104,19 @@ class LabelStore:
         """
         self._check(records)
         transactions = [] if app_id is None or app_version is None else [Transaction(app_id, app_version)]
-        for attempt in range(retries + 1):
-            try:
-                table = self._writable({task for record in records for task in record.tasks})
-                reached = None if app_id is None else table.transaction_version(app_id)
-                if app_version is not None and reached is not None and reached >= app_version:
-                    return Committed(table.version(), 0, len(records))
-                new = self._missing(table, records)
-                if not new and not transactions:
-                    return Committed(table.version(), 0, len(records))
-                guard = f"lanes/{records[0].teacher}" if records else "lanes"
-                sequence = (table.transaction_version(guard) or 0) + 1
-                table.create_write_transaction(
-                    [_add_action(record) for record in new],
-                    "append",
-                    table.schema(),
-                    list(PARTITIONS),
-                    commit_properties=CommitProperties(
-                        max_commit_retries=0, app_transactions=[*transactions, Transaction(guard, sequence)]
-                    ),
-                )
-                table.update_incremental()
-                return Committed(table.version(), len(new), len(records) - len(new))
-            except CommitFailedError as error:
-                if attempt == retries:
-                    raise LabelError(
-                        f"{self.folder}: gave way to {retries + 1} other commits ({error}); run the job again"
-                    ) from None
-                time.sleep(random.uniform(0, min(0.5, 0.01 * 2 ** min(attempt, 6))))
-            except (DeltaError, OSError) as error:
-                raise LabelError(f"{self.folder}: cannot commit ({error}); free space or fix access") from None
-        raise AssertionError("unreachable")
+
+        def attempt() -> Committed:
+            table = self._writable({task for record in records for task in record.tasks})
+            reached = None if app_id is None else table.transaction_version(app_id)
+            if app_version is not None and reached is not None and reached >= app_version:
+                return Committed(table.version(), 0, len(records))
+            new = self._missing(table, records)
+            if not new and not transactions:
+                return Committed(table.version(), 0, len(records))
+            version = apply(table, Change(add=new, transactions=transactions))
+            return Committed(version, len(new), len(records) - len(new))
+
+        return taking_turns(self.storage, attempt, "commit", retries)
 
     def label(
         self,
@@ -167,7 +137,7 @@ class LabelStore:
         return self.commit(
             [
                 write_lane_file(
-                    self.root,
+                    self.storage,
                     teacher=teacher,
                     version=version,
                     trained_through=trained_through,
@@ -194,40 +164,24 @@ class LabelStore:
                     f"{record.lane} in one commit; give each lane once"
                 )
             places.add(place)
-            path = self.folder / record.path
-            if not path.exists() or path.stat().st_size != record.bytes:
-                raise LabelError(f"{path}: not what a worker wrote; label the lane again")
+        try:
+            sizes = self.files.sizes([record.path for record in records])
+        except OSError as error:
+            raise LabelError(
+                f"{self.storage.table}: cannot see the data files ({one_line(error)}); check access"
+            ) from None
+        for record, size in zip(records, sizes, strict=True):
+            if size != record.bytes:
+                raise LabelError(f"{self.storage.table}/{record.path}: not what a worker wrote; label the lane again")
 
     def _writable(self, tasks: set[str]) -> DeltaTable:
         """The newest table, made where there is none, with a column for each task."""
         table = self.open()
         if table is None:
-            table = self._create(tasks)
-        missing = sorted(tasks - set(_tasks(table)))
+            table = create_table(self.storage, tasks)
+        missing = sorted(tasks - set(table_tasks(table)))
         if missing:
-            table.alter.add_columns(
-                [Field(task_column(task), PrimitiveType("float")) for task in missing],
-                commit_properties=CommitProperties(max_commit_retries=0),
-            )
-            table.update_incremental()
-        return table
-
-    def _create(self, tasks: set[str]) -> DeltaTable:
-        try:
-            DeltaTable.create(
-                str(self.folder),
-                DeltaSchema.from_arrow(table_schema(sorted(tasks))),
-                mode="ignore",
-                partition_by=list(PARTITIONS),
-                configuration=_CONFIGURATION,
-            )
-        except DeltaError:
-            table = self.open()  # another process was faster
-            if table is None:
-                raise
-            return table
-        table = self.open()
-        assert table is not None
+            add_tasks(table, missing)
         return table
 
     def _missing(self, table: DeltaTable, records: Sequence[LaneRecord]) -> Sequence[LaneRecord]:
@@ -237,11 +191,9 @@ class LabelStore:
             wanted = {record.version for record in records if record.period == period}
             for file in label_files(table, records[0].teacher, period):
                 if any(file.may_hold(version) for version in wanted):
-                    held |= {(part.period, part.version, part.kind, part.lane) for part in self._groups(table, file)}
+                    found = groups(self.files, file, table_tasks(table))
+                    held |= {(part.period, part.version, part.kind, part.lane) for part in found}
         return [item for item in records if (item.period, item.version, item.kind, item.lane) not in held]
-
-    def _groups(self, table: DeltaTable, file: LabelFile, tasks: tuple[str, ...] | None = None) -> Iterator[LabelGroup]:
-        return groups(self.folder, file, _tasks(table), tasks)
 
     def _of_version(
         self,
@@ -254,7 +206,8 @@ class LabelStore:
         """What a teacher version has labelled of a period (None: of any)."""
         for file in label_files(table, teacher, period):
             if file.may_hold(version):
-                yield from (part for part in self._groups(table, file, tasks) if part.version == version)
+                found = groups(self.files, file, table_tasks(table), tasks)
+                yield from (part for part in found if part.version == version)
 
     def labelled_lanes(self, teacher: str, version: str, period: str) -> set[tuple[str, int]]:
         """Kind and lane of what is committed, so that a job that runs again scores only the rest."""
@@ -266,14 +219,18 @@ class LabelStore:
     def tasks(self) -> tuple[str, ...]:
         """Tasks that any teacher has labels of."""
         table = self.open()
-        return _tasks(table) if table is not None else ()
+        return table_tasks(table) if table is not None else ()
 
     def list(self, teacher: str | None = None, period: str | None = None) -> Sequence[LabelGroup]:
         """What is stored, by teacher, period, version, kind and lane, in that order."""
         table = self.open()
         if table is None:
             return []
-        found = [part for file in label_files(table, teacher, period) for part in self._groups(table, file)]
+        return self._stored(table, teacher, period)
+
+    def _stored(self, table: DeltaTable, teacher: str | None = None, period: str | None = None) -> Sequence[LabelGroup]:
+        tasks, files = table_tasks(table), label_files(table, teacher, period)
+        found = [part for file in files for part in groups(self.files, file, tasks)]
         return sorted(found, key=lambda part: (part.teacher, part.period, part.version, part.kind, part.lane))
 
     def versions(self, teacher: str, period: str | None = None) -> Sequence[str]:
@@ -302,7 +259,7 @@ class LabelStore:
         labelled = dict.fromkeys(totals, 0)
         if table is not None:
             for task in tasks or ():
-                check_task(task, _tasks(table), str(self.folder))
+                check_task(task, table_tasks(table), self.storage.table)
             wanted = None if tasks is None else tuple(tasks)
             for part in self._of_version(table, teacher, version, period, wanted):
                 for kind in totals:
@@ -325,20 +282,36 @@ class LabelStore:
         """
         table = self.open(table_version)
         if table is None:
-            raise LabelError(f"{self.folder}: no labels yet; run `rayfm label` first")
+            raise LabelError(f"{self.storage.table}: no labels yet; run `rayfm label` first")
         number = table.version()
         lease = None
         if self.metadata is not None:
             lease = pins.take(self.metadata, number, teacher, version, owner, ttl_s)
         try:
             if not any(True for _ in self._of_version(table, teacher, version)):
-                known = ", ".join(self.versions(teacher)[-3:]) or "none"
-                raise LabelError(f"{self.folder}: no labels of {teacher}@{version}; its newest versions: {known}")
+                raise self._absent(table, teacher, version)
         except BaseException:
             if self.metadata is not None and lease is not None:
                 self.metadata.release(lease)
             raise
-        return Pin(str(self.root), number, teacher, version, lease)
+        return Pin(self.storage, number, teacher, version, lease)
+
+    def _absent(self, table: DeltaTable, teacher: str, version: str) -> LabelError:
+        """The error about a teacher version of which a table version has no labels: what happened, what there is."""
+        where = f"{self.storage.table}: no labels of {teacher}@{version} in version {table.version()} of the table"
+        stored = self._stored(table)
+        teachers = sorted({part.teacher for part in stored})
+        if teacher not in teachers:
+            return LabelError(f"{where}: unknown teacher{nearest(teacher, teachers)}")
+        newest = self.open()
+        if newest is not None and any(True for _ in self._of_version(newest, teacher, version)):
+            return LabelError(f"{where}: they came later; pin version {newest.version()}")
+        gone = newest is not None and was_expired(newest, teacher, version)
+        have = ", ".join(sorted({part.version for part in stored if part.teacher == teacher})[-3:])
+        why = "they were expired" if gone else "it never labelled"
+        return LabelError(
+            f"{where}: {why}; its newest versions: {have}; ask for one of them, or label with {version} again"
+        )
 
     def extend(self, pin: Pin, ttl_s: float = 3600.0) -> Pin:
         """The pin, alive for ``ttl_s`` seconds from now. Raises LeaseLost where it expired before."""
@@ -351,28 +324,12 @@ class LabelStore:
         if self.metadata is not None and pin.lease is not None:
             self.metadata.release(pin.lease)
 
-    def expire(self, teacher: str, version: str, period: str | None = None) -> int:
-        """Take a version's labels (of one period, or all) out of the newest table. Pinned table versions keep them.
-
-        Returns:
-            Rows taken out.
-        """
-        predicate = f"{TEACHER} = '{check_part('teacher', teacher)}' AND {VERSION} = '{check_part('version', version)}'"
-        if period is not None:
-            predicate += f" AND {PERIOD} = '{check_part('period', period)}'"
-        table = self.open()
-        if table is None:
-            return 0
-        try:
-            return int(table.delete(predicate)["num_deleted_rows"])
-        except (DeltaError, OSError) as error:
-            raise LabelError(f"{self.folder}: cannot expire {teacher}@{version} ({error}); try again") from None
-
     def vacuum(self, retention_hours: int = 24) -> Sequence[str]:
         """Delete files that no pinned table version, nor a newer one, has, once they are ``retention_hours`` old.
 
-        The age also protects files that workers have written and no commit has named yet, so it must exceed the longest
-        label job.
+        A file's age counts from the commit that took it out, so that a reader without a pin, or one that is about to
+        take it, can still read what was the newest table ``retention_hours`` ago. The age also protects files that
+        workers have written and no commit has named yet, so it must exceed the longest label job.
 
         Returns:
             The files deleted.
@@ -380,37 +337,31 @@ class LabelStore:
         Raises:
             LabelError: the store has no metadata, so pins cannot be known.
         """
-        if self.metadata is None:
-            raise LabelError(f"{self.folder}: vacuum needs the metadata store that holds the pins; open it with one")
+        metadata = self.guarded("vacuum")
         table = self.open()
         if table is None:
             return []
         newest = table.version()
-        lowest = pins.settle_floor(self.metadata, newest)
-        try:
-            deleted = table.vacuum(
+        young = oldest_in_use(table, int((time.time() - retention_hours * 3600) * 1000))
+        lowest = pins.settle_floor(metadata, young)
+        deleted = taking_turns(
+            self.storage,
+            lambda: table.vacuum(
                 retention_hours=retention_hours,
                 dry_run=False,
                 enforce_retention_duration=False,
                 full=True,
                 keep_versions=[*range(lowest, newest + 1)],
-            )
-        except (DeltaError, OSError) as error:
-            raise LabelError(f"{self.folder}: cannot vacuum ({error}); try again") from None
+            ),
+            "vacuum",
+            retries=0,
+        )
         return sorted(deleted)
 
-
-def _tasks(table: DeltaTable) -> tuple[str, ...]:
-    names = (field.name for field in table.schema().fields)
-    return tuple(name.removeprefix(TASK_PREFIX) for name in names if name.startswith(TASK_PREFIX))
-
-
-def _add_action(record: LaneRecord) -> AddAction:
-    return AddAction(
-        path=record.path,
-        size=record.bytes,
-        partition_values={TEACHER: record.teacher, PERIOD: record.period},
-        modification_time=record.modified_ms,
-        data_change=True,
-        stats=record.stats,
-    )
+    def guarded(self, what: str) -> MetadataStore:
+        """The metadata store, for work that must know the pins. Raises LabelError where there is none."""
+        if self.metadata is None:
+            raise LabelError(
+                f"{self.storage.table}: {what} needs the metadata store that holds the pins; open the store with one"
+            )
+        return self.metadata

@@ -12,7 +12,7 @@ import pytest
 from deltalake import DeltaTable
 
 from rayfm.config import LabelError
-from rayfm.labels import LabelLookup, LabelStore, lane_file
+from rayfm.labels import LabelLookup, LabelStore, Retention, expire, lane_file
 from rayfm.schema import Task
 from rayfm.snapshots import SQLiteMetadataStore
 
@@ -23,7 +23,7 @@ PERIOD, WIDTH = "2022-04-26", 4
 @pytest.fixture(autouse=True)
 def small_row_groups(monkeypatch):
     monkeypatch.setattr(lane_file, "ROW_GROUP_ROWS", 64)
-    monkeypatch.setattr(lane_file, "_row_group_rows", lambda data: 64)
+    monkeypatch.setattr(lane_file, "row_group_rows", lambda schema: 64)
 
 
 def example_ids(rows: int, lane: int = 0) -> np.ndarray:
@@ -179,7 +179,7 @@ def test_pins_and_versions_hold_for_them(tmp_path):
     pin = store.pin("fm", "v1", "student")
     store_lanes(tmp_path, labels_of(ids, vectors=vectors_of(ids) + 100), version="v2")
     np.testing.assert_array_equal(ask(lookup(tmp_path, "v2"), ids)[0], vectors_of(ids) + 100)
-    store.expire("fm", "v1")
+    expire(store, Retention(version="v1"), also_pinned=True)
     store.vacuum(retention_hours=0)
     found = LabelLookup(pin, "fm", "v1", (), WIDTH)
     np.testing.assert_array_equal(ask(pickle.loads(pickle.dumps(found)), ids)[0], vectors_of(ids))

@@ -16,7 +16,7 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from rayfm.config import LabelError
-from rayfm.labels import LabelLookup, LabelStore, write_lane_file
+from rayfm.labels import LabelLookup, LabelStore, Retention, expire, write_lane_file
 from rayfm.labels.pins import floor, settle_floor, take
 from rayfm.schema import Task
 from rayfm.snapshots import LeaseLost, SQLiteMetadataStore
@@ -80,6 +80,11 @@ def check_complete(root: Path, version: str = "2022-04-25-aa") -> None:
 @pytest.fixture
 def guarded(tmp_path) -> LabelStore:
     return LabelStore(tmp_path, SQLiteMetadataStore(tmp_path / "meta.db"))
+
+
+def take_out(store: LabelStore, version: str) -> int:
+    """Expire a version whoever pins it: rows that went."""
+    return sum(item.rows for item in expire(store, Retention(version=version), also_pinned=True))
 
 
 def test_a_job_run_twice_doubles_nothing(tmp_path):
@@ -337,10 +342,10 @@ def test_an_empty_lane_is_labelled_too(tmp_path):
 
 
 def test_pins_hold_back_vacuum(guarded):
-    root = guarded.root
+    root = Path(guarded.root)
     run_job(root)
     pin = guarded.pin("fm", "2022-04-25-aa", "student", ttl_s=60.0)
-    assert guarded.expire("fm", "2022-04-25-aa") == 2 * LANES * ROWS
+    assert take_out(guarded, "2022-04-25-aa") == 2 * LANES * ROWS
     assert guarded.list() == []
     assert guarded.vacuum(retention_hours=0) == []
     lookup = LabelLookup(pin, "fm", "2022-04-25-aa", ("click",))
@@ -356,13 +361,13 @@ def test_pins_hold_back_vacuum(guarded):
 
 
 def test_vacuum_never_passes_the_oldest_of_several_pins(guarded):
-    root = guarded.root
+    root = Path(guarded.root)
     pins = []
     for day in range(4):
         guarded.commit([write(root, version=f"v{day}")])
         pins.append(guarded.pin("fm", f"v{day}", "student", ttl_s=60.0))
     for day in range(4):
-        guarded.expire("fm", f"v{day}")
+        take_out(guarded, f"v{day}")
     ids = lane_labels(0)["example_id"].to_numpy()
     for oldest in range(4):
         assert len(guarded.vacuum(retention_hours=0)) == 0
@@ -377,7 +382,7 @@ def test_vacuum_never_passes_the_oldest_of_several_pins(guarded):
 def test_an_expired_pin_holds_nothing(guarded):
     run_job(guarded.root)
     guarded.pin("fm", "2022-04-25-aa", "dead student", ttl_s=0.1)
-    guarded.expire("fm", "2022-04-25-aa")
+    take_out(guarded, "2022-04-25-aa")
     time.sleep(0.2)
     assert len(guarded.vacuum(retention_hours=0)) == 2 * LANES
 
@@ -400,7 +405,10 @@ def test_pinning_what_is_not_there_is_refused(guarded):
     with pytest.raises(LabelError, match="no labels yet"):
         guarded.pin("fm", "v", "me")
     run_job(guarded.root)
-    with pytest.raises(LabelError, match="no labels of fm@v9; its newest versions: 2022-04-25-aa"):
+    with pytest.raises(
+        LabelError,
+        match="no labels of fm@v9 in version 1 of the table: it never labelled; its newest versions: 2022-04-25-aa",
+    ):
         guarded.pin("fm", "v9", "me")
     assert list(guarded.metadata.leases("labels/pins/")) == []
     with pytest.raises(LabelError, match="version 99"):
