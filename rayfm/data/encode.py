@@ -143,7 +143,7 @@ class Encoder:
             if column.null_count:
                 any_missing = True
                 valid[position] = column.is_valid().to_numpy(zero_copy_only=False)
-            single[position] = self._table_rows(feature, column)
+            single[position] = self.table_rows_of(feature, column)
         jagged = {f.name: self._jagged(f, table) for f in (*self.multi, *self.weighted, *self.sequence)}
         labels, label_mask = self._labels(table)
         return EncodedChunk(
@@ -273,7 +273,8 @@ class Encoder:
             dense[:, position] = (values - np.float32(feature.mean)) / np.float32(feature.std)
         return dense
 
-    def _table_rows(self, feature: Feature, ids: pa.Array) -> IntArray:
+    def table_rows_of(self, feature: Feature, ids: pa.Array) -> IntArray:
+        """The row of the feature's table that each id is looked up at, as encoding does: ``[N]`` int64."""
         table = self.schema.tables[feature.table_name]
         salt = self.schema.salt(feature.table_name)
         if not pa.types.is_integer(ids.type):
@@ -301,7 +302,7 @@ class Encoder:
             if not np.array_equal(weight_offsets, offsets):
                 raise DataError(f"column {feature.name + WEIGHTS_SUFFIX!r}: its lists are not as long as the ids'")
             weights = flat.to_numpy(zero_copy_only=False).astype(np.float32)
-        rows = self._table_rows(feature, values)
+        rows = self.table_rows_of(feature, values)
         if feature.max_len is not None:
             keep, offsets = _truncate(offsets, feature.max_len, newest=feature.kind == "sequence")
             rows = rows[keep]

@@ -16,6 +16,7 @@ from rayfm.models.base import MODELS, ModelConfig
 from rayfm.models.histories import HistoryFeature
 from rayfm.pipeline.tune_config import TuneConfig
 from rayfm.schema import LOGGED_PREFIX, Schema
+from rayfm.training.calibration import CountsCalibration
 from rayfm.training.config import TrainingConfig
 from rayfm.training.lost_labels import LostLabels
 
@@ -64,9 +65,10 @@ class TeacherConfig(Config):
     logit_shift: float = 0.0
     """Added to the logits of its binary tasks when it labels: a teacher made as miscalibrated as an experiment needs
     it. Its training and its own metrics are those without."""
-    calibrate: bool = False
+    calibrate: bool | CountsCalibration = False
     """Publish with a calibrator (Platt scaling) of each binary task, fitted on the newest period's predictions before
-    the model trained on it: its labels are then calibrated. Training and the run's metrics stay those without."""
+    the model trained on it: its labels are then calibrated. Training and the run's metrics stay those without. With
+    ``by`` (and ``counts``) it is fitted on counts of positives per cell, where rows have no true labels."""
 
     @field_validator("training", mode="before")
     @classmethod
@@ -96,7 +98,7 @@ class StudentConfig(Config):
     labels: LabelsConfig = LabelsConfig()
     reference: dict[str, str] = {}
     """Task -> column that considerations are scored against: the next stage's prediction, as UKDSL does."""
-    calibrate: bool = False
+    calibrate: bool | CountsCalibration = False
     """Publish with a calibrator, as a teacher's ``calibrate`` says: what is served is then calibrated."""
 
 
@@ -218,6 +220,11 @@ class PipelineConfig(Config):
                 if task not in own:
                     raise ValueError(f"{name}: reference of {task!r}, which is no task of it{nearest(task, own)}")
                 self._check_column(name, f"reference of {task!r}", column, truth=True)
+            if isinstance(part.calibrate, CountsCalibration):
+                try:
+                    part.calibrate.check(self.schema_)
+                except ConfigError as error:
+                    raise ValueError(f"{name}: {error}") from None
             if part.calibrate and all(self.schema_.task(task).kind != "binary" for task in self.tasks_of(part)):
                 raise ValueError(f"{name}: calibrate is for binary tasks, and it has none; leave it out")
             for traffic in (*part.traffics, *(part.lost_labels.traffics if part.lost_labels else ())):

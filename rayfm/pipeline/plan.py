@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from rayfm.config import ConfigError
 from rayfm.models.base import ModelConfig
 from rayfm.models.build import build_model
 from rayfm.models.histories import HistoryFeature
-from rayfm.pipeline.config import LabelsConfig, PipelineConfig, StudentConfig
+from rayfm.pipeline.config import LabelsConfig, PipelineConfig, StudentConfig, TeacherConfig
+from rayfm.training.calibration import CountsCalibration
 from rayfm.training.learner import LearnerConfig
 from rayfm.training.spec import TrainerSpec
 
@@ -128,7 +131,7 @@ def teacher_spec(config: PipelineConfig, name: str, periods: tuple[str, ...]) ->
         ),
         training=teacher.training,
         schema_=config.schema_,
-        features=teacher.model.features,
+        features=_read(config, [teacher]),
         periods=periods,
         trained=trained_periods(periods, teacher.through or config.schedule.teachers_through),
         store=config.storage,
@@ -165,8 +168,6 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
         represented = {name for learner in learners for name in learner.representations()}
         represented |= {history.teacher for learner in learners for history in learner.histories().values()}
         read = [column for learner in learners for column in (*learner.supervision(), *learner.reference.values())]
-        wanted = [student.model.features for student in students.values()]
-        names = {name for features in wanted for name in features or ()}
         specs.append(
             TrainerSpec(
                 name=group,
@@ -174,7 +175,7 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
                 learners=learners,
                 training=config.groups[group],
                 schema_=config.schema_,
-                features=None if None in wanted else tuple(f.name for f in config.schema_.features if f.name in names),
+                features=_read(config, list(students.values())),
                 periods=periods,
                 trained=trained_periods(periods, config.schedule.students_through),
                 publish=config.publish_students,
@@ -191,6 +192,15 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
             )
         )
     return specs
+
+
+def _read(config: PipelineConfig, parts: Sequence[TeacherConfig | StudentConfig]) -> tuple[str, ...] | None:
+    """The features that any of the parts reads, to embed or as calibration's cells; None: all."""
+    if any(part.model.features is None for part in parts):
+        return None
+    names = {name for part in parts for name in part.model.features or ()}
+    names |= {part.calibrate.by for part in parts if isinstance(part.calibrate, CountsCalibration)}
+    return tuple(feature.name for feature in config.schema_.features if feature.name in names)
 
 
 def representation_widths(config: PipelineConfig) -> dict[str, int]:

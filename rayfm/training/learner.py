@@ -27,6 +27,7 @@ from rayfm.models.build import build_model
 from rayfm.models.histories import HistoryFeature
 from rayfm.schema import Schema
 from rayfm.snapshots.publish import TensorSlice
+from rayfm.training.calibration import CountsCalibration
 from rayfm.training.config import TrainingConfig
 from rayfm.training.init import fill_normal
 from rayfm.training.lost_labels import LostLabels, lose_labels
@@ -60,7 +61,7 @@ class LearnerConfig(Config):
     """Labels that it is trained without."""
     logit_shift: float = 0.0
     """Added to the logits of binary tasks in what is published."""
-    calibrate: bool = False
+    calibrate: bool | CountsCalibration = False
     """Publish with a calibrator, fitted on each period's predictions before the model trains on the period."""
 
     @property

@@ -20,7 +20,7 @@ from rayfm.data.encode import Encoder
 from rayfm.data.reader import ArrowReader, RayDataReader, Reader
 from rayfm.data.steps import Lookup, ReadPlan, TruthLookup
 from rayfm.data.store import ExampleStore, write_json_atomic
-from rayfm.export.calibration import CalibrationSums, Fits
+from rayfm.export.calibration import Fits
 from rayfm.export.calibrator import Calibrator
 from rayfm.export.served import CALIBRATOR_PREFIX
 from rayfm.metrics import MetricState, RateCounter, bootstrap_weights
@@ -29,6 +29,7 @@ from rayfm.schema import LOGGED_PREFIX
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import version_id
 from rayfm.snapshots.publish import SnapshotWriter, TensorSlice
+from rayfm.training.calibration import Calibration, start_calibration
 from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, world_device
 from rayfm.training.learner import Learner
 from rayfm.training.lost_labels import lose_labels
@@ -172,7 +173,12 @@ class TrainingLoop:
         states = {learner.config.key: self._metric_state() for learner in self.learners}
         binary = [name for name, kind in self.tasks if kind == "binary"]
         calibrations = {
-            learner.config.key: CalibrationSums([task for task in learner.config.tasks if task in binary])
+            learner.config.key: start_calibration(
+                learner.config.calibrate,
+                self.spec.schema_,
+                tuple(task for task in learner.config.tasks if task in binary),
+                period,
+            )
             for learner in self.learners
             if learner.config.calibrate
         }
@@ -195,7 +201,7 @@ class TrainingLoop:
                 with parts.timed("metrics"):
                     self._score(states[learner.config.key], learner, cpu_batch, logits, copies)
                     if learner.config.calibrate:
-                        _add_labelled(calibrations[learner.config.key], learner, cpu_batch, logits)
+                        _add_shown(calibrations[learner.config.key], learner, cpu_batch, logits)
         with parts.timed("metrics"):
             rates = self.rates.rates()
             for learner in self.learners:
@@ -450,17 +456,14 @@ class TrainingLoop:
             self.progress(period, step, steps, phase)
 
 
-def _add_labelled(sums: CalibrationSums, learner: Learner, batch: Batch, logits: dict[str, torch.Tensor]) -> None:
-    """Add the impressions with known labels as the learner's training sees them: its traffics, lost labels lost."""
-    if learner.config.lost_labels is not None:
-        batch = lose_labels(batch, learner.config.lost_labels, learner.schema)
+def _add_shown(calibration: Calibration, learner: Learner, batch: Batch, logits: dict[str, torch.Tensor]) -> None:
+    """Add the impressions of the learner's traffics, and the labels that its training sees: without the lost ones."""
+    lost, seen = learner.config.lost_labels, batch
+    if lost is not None:
+        seen = lose_labels(batch, lost, learner.schema)
     shown = batch.kind == IMPRESSION
     own = learner.own_rows(batch)
-    if own is not None:
-        shown &= own
-    for task in sums.tasks:
-        label, known = batch.label(task)
-        sums.update(task, logits[task], label, known & shown, batch.weight)
+    calibration.add(batch, logits, shown if own is None else shown & own, seen)
 
 
 class PeriodRecord(Config):

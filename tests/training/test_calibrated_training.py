@@ -156,7 +156,7 @@ def test_a_period_of_one_class_keeps_the_calibrator(calibrated, tmp_path: Path) 
     def predict(self, period, parts) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if period == runs.PERIODS[2]:
-                patch.setattr("rayfm.training.loop._add_labelled", lambda *arguments: None)
+                patch.setattr("rayfm.training.loop._add_shown", lambda *arguments: None)
             original(self, period, parts)
 
     with pytest.MonkeyPatch.context() as patch:

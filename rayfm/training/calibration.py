@@ -1,0 +1,199 @@
+"""What a learner's calibrator is fitted on: rows with labels, or counts per cell where rows have none.
+
+Shape letters: B examples, C cells.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from rayfm.config import Config, ConfigError, DataError, nearest
+from rayfm.data.batch import Batch
+from rayfm.data.encode import Encoder
+from rayfm.export.aggregated_sums import AggregatedSums
+from rayfm.export.calibration import CalibrationSums, Fits
+from rayfm.schema import Schema
+
+MAX_CELLS = 65_536
+TRAFFIC = "traffic"
+
+
+class CountsCalibration(Config):
+    """Calibrate on aggregated labels alone: how many positives each cell had in a period (SEAD section 3)."""
+
+    by: str
+    """What a cell is: ``traffic``, or a sparse feature such as the campaign, whose table has a row per cell. Ids that
+    share a row share a cell."""
+    counts: str | None = None
+    """Parquet file of reported counts: columns ``period``, the one that ``by`` names, and one of counts for each task.
+    By default the examples' own labels are counted, hidden ones (``lost_labels``) too: for experiments."""
+
+    def check(self, schema: Schema) -> None:
+        """Refuse cells that the schema does not have.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        if self.by == TRAFFIC:
+            return
+        sparse = [feature.name for feature in schema.features if feature.kind == "sparse"]
+        if self.by not in sparse:
+            raise ConfigError(f"calibrate.by: {self.by!r} is no sparse feature{nearest(self.by, [TRAFFIC, *sparse])}")
+        rows = schema.tables[schema.feature(self.by).table_name].rows
+        if rows > MAX_CELLS:
+            raise ConfigError(
+                f"calibrate.by: {self.by!r} has a table of {rows} rows, and each is a cell; at most {MAX_CELLS} can be"
+            )
+
+    def cells(self, schema: Schema) -> int:
+        """C."""
+        return len(schema.traffics) if self.by == TRAFFIC else schema.tables[schema.feature(self.by).table_name].rows
+
+
+class Calibration(Protocol):
+    """Gathers a period's predictions and fits the calibrator that is published with the period."""
+
+    def add(self, batch: Batch, logits: dict[str, Tensor], rows: Tensor, seen: Batch) -> None:
+        """Add a batch.
+
+        Args:
+            batch: its examples, with all their labels.
+            logits: task -> ``[B]``.
+            rows: bool ``[B]``, the learner's impressions.
+            seen: the same examples with the labels that the learner is trained with.
+        """
+        ...
+
+    def reduce_(self) -> None:
+        """Sum over all ranks (a collective call)."""
+        ...
+
+    def fit(self, before: Fits) -> Fits:
+        """Task -> slope and shift."""
+        ...
+
+
+class RowCalibration:
+    """On the labels of rows, those that the learner is trained with."""
+
+    def __init__(self, tasks: tuple[str, ...]) -> None:
+        self.sums = CalibrationSums(tasks)
+
+    def add(self, batch: Batch, logits: dict[str, Tensor], rows: Tensor, seen: Batch) -> None:
+        """As `Calibration.add`."""
+        for task in self.sums.tasks:
+            label, known = seen.label(task)
+            self.sums.update(task, logits[task], label, known & rows, seen.weight)
+
+    def reduce_(self) -> None:
+        """As `Calibration.reduce_`."""
+        self.sums.reduce_()
+
+    def fit(self, before: Fits) -> Fits:
+        """As `Calibration.fit`."""
+        return self.sums.fit(before)
+
+
+class CountCalibration:
+    """On the counts of cells.
+
+    Args:
+        config: what a cell is, and where counts are.
+        schema: the pipeline's schema.
+        tasks: the learner's binary tasks.
+        period: the period that is predicted.
+
+    Raises:
+        DataError: the file of counts cannot be read or lacks a column.
+    """
+
+    def __init__(self, config: CountsCalibration, schema: Schema, tasks: tuple[str, ...], period: str) -> None:
+        self.config, self.sums = config, AggregatedSums(tasks, config.cells(schema))
+        self.reported = None if config.counts is None else reported_counts(config, schema, tasks, period)
+
+    def add(self, batch: Batch, logits: dict[str, Tensor], rows: Tensor, seen: Batch) -> None:
+        """As `Calibration.add`; labels are looked at only where they are to be counted."""
+        cell, has_cell = self._cells(batch)
+        rows = rows & has_cell
+        for task in self.sums.tasks:
+            self.sums.update(task, logits[task][rows], cell[rows], batch.weight[rows])
+            if self.reported is None:
+                label, known = batch.label(task)
+                counted = rows & known
+                self.sums.count(task, cell[counted], label[counted], batch.weight[counted])
+
+    def _cells(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cell of each row ``[B]``, 0 where the row has none, and which have one."""
+        if self.config.by == TRAFFIC:
+            return batch.traffic, torch.ones_like(batch.traffic, dtype=torch.bool)
+        assert batch.sparse is not None
+        ids = batch.sparse[self.config.by]
+        has_one = ids.lengths() > 0
+        cell = torch.zeros_like(batch.traffic)
+        cell[has_one] = ids.values()
+        return cell, has_one
+
+    def reduce_(self) -> None:
+        """As `Calibration.reduce_`. Reported counts are of all ranks' rows, so they are set after the sum."""
+        self.sums.reduce_()
+        if self.reported is not None:
+            self.sums.counts = self.reported
+
+    def fit(self, before: Fits) -> Fits:
+        """As `Calibration.fit`."""
+        return self.sums.fit(before)
+
+
+def reported_counts(config: CountsCalibration, schema: Schema, tasks: tuple[str, ...], period: str) -> Tensor:
+    """The counts of a period from the file: float64 ``[T, C]``; zeros for a period that it does not have.
+
+    Raises:
+        DataError: it cannot be read, lacks a column, or a count is negative or not finite.
+    """
+    path = Path(config.counts or "")
+    columns = ["period", config.by, *tasks]
+    try:
+        names = pq.read_schema(path).names
+        missing = [name for name in columns if name not in names]
+        if missing:
+            raise DataError(f"{path}: column {missing[0]!r} is missing; the file of counts has {', '.join(columns)}")
+        table = pq.read_table(path, columns=columns, filters=[("period", "==", period)])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: cannot read the counts ({error}); check calibrate.counts") from None
+    counts = np.zeros((len(tasks), config.cells(schema)))
+    keys = table[config.by].combine_chunks()
+    if config.by == TRAFFIC:
+        cells = pc.index_in(keys.cast(pa.string()), value_set=pa.array(schema.traffics, pa.string()))
+        if cells.null_count:
+            unknown = keys.filter(cells.is_null())[0]
+            raise DataError(
+                f"{path}: traffic {unknown} is not in the schema{nearest(str(unknown), [*schema.traffics])}"
+            )
+        cell = cells.to_numpy(zero_copy_only=False).astype(np.int64)
+    else:
+        feature = schema.feature(config.by)
+        typed = keys.cast(pa.string() if feature.id_type == "string" else pa.int64())
+        cell = Encoder(schema, (config.by,), labels=False).table_rows_of(feature, typed)
+    for position, task in enumerate(tasks):
+        value = table[task].cast(pa.float64()).to_numpy()
+        if not np.isfinite(value).all() or (value < 0).any():
+            raise DataError(f"{path}: period {period}: a count of task {task!r} is negative or no number")
+        np.add.at(counts[position], cell, value)
+    return torch.from_numpy(counts)
+
+
+def start_calibration(
+    calibrate: bool | CountsCalibration, schema: Schema, tasks: tuple[str, ...], period: str
+) -> Calibration:
+    """What gathers a period's predictions for a learner with this ``calibrate``."""
+    if isinstance(calibrate, CountsCalibration):
+        return CountCalibration(calibrate, schema, tasks, period)
+    return RowCalibration(tasks)
