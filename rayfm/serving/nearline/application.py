@@ -1,0 +1,150 @@
+"""Starting near-line labelling on Ray Serve, beside the teacher's service."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Any
+
+from rayfm.config import CapacityError, ConfigError
+from rayfm.serving.application import _DEPLOYING, LOOPBACK, application_name, check_port
+from rayfm.serving.nearline.config import NearLineConfig
+from rayfm.serving.nearline.consumer import NearLineConsumer
+from rayfm.serving.nearline.doorbell import Doorbell, task_processor
+from rayfm.serving.nearline.intake import Intake
+from rayfm.serving.nearline.labeller import Score
+from rayfm.serving.nearline.router import build_app
+from rayfm.serving.nearline.rows import Versions
+from rayfm.serving.nearline.spool import Spool
+from rayfm.snapshots.load import SnapshotStore
+
+_LOGGING = {"log_level": "ERROR", "enable_access_log": False}
+
+
+def consumer_name(config: NearLineConfig) -> str:
+    """Name of the Serve application of a teacher's consumers."""
+    return f"{application_name(config.run, config.teacher)}-nearline"
+
+
+def intake_name(run: str) -> str:
+    """Name of the Serve application that takes a run's posts."""
+    return f"rayfm-{run}-nearline"
+
+
+def make_intake(config: NearLineConfig) -> Intake:
+    """Where a teacher's posts go to: in a server of one's own, or in `start_nearline`'s."""
+    return Intake(
+        config,
+        Spool(config.root, config.teacher),
+        Versions(SnapshotStore(config.root), config.model, config.version),
+        Doorbell(config),
+    )
+
+
+def autoscaling(config: NearLineConfig) -> dict[str, Any]:
+    """How many consumers run: options of ``serve.deployment``."""
+    consumer = config.consumer
+    if consumer.max_replicas == consumer.replicas:
+        return {"num_replicas": consumer.replicas}
+    from ray.serve.async_inference_autoscaling_policy import AsyncInferenceAutoscalingPolicy
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=consumer.replicas,
+            max_replicas=consumer.max_replicas,
+            target_ongoing_requests=consumer.queue_per_replica,
+            upscale_delay_s=2 * consumer.poll_s,
+            downscale_delay_s=12 * consumer.poll_s,
+            policy=AutoscalingPolicy(
+                policy_function=AsyncInferenceAutoscalingPolicy,
+                policy_kwargs={
+                    "broker_url": config.redis,
+                    "queue_name": config.queue,
+                    "poll_interval_s": consumer.poll_s,
+                },
+            ),
+        )
+    }
+
+
+def start_consumers(config: NearLineConfig, score: Score | None = None) -> Any:
+    """Deploy a teacher's consumers and return their handle. The teacher's service runs already.
+
+    Args:
+        config: the teacher's.
+        score: asks the teacher; by default its service.
+    """
+    from ray import serve
+    from ray.serve.task_consumer import task_consumer
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    consumer = config.consumer
+    with _DEPLOYING:
+        serve.start(proxy_location="Disabled", logging_config=_LOGGING)  # nothing, where Serve runs already
+        deployment: Any = serve.deployment(
+            task_consumer(task_processor_config=task_processor(config))(NearLineConsumer),
+            name="NearLineConsumer",
+            max_ongoing_requests=consumer.tickets,  # Celery's threads
+            health_check_period_s=consumer.health_s,
+            health_check_timeout_s=max(10.0, consumer.health_s),
+            graceful_shutdown_timeout_s=10.0,
+            ray_actor_options={"num_cpus": consumer.cpus},
+            logging_config=_LOGGING,
+            **autoscaling(config),
+        )
+        return serve.run(deployment.bind(config.dump(), score), name=consumer_name(config), route_prefix=None)
+
+
+def start_intake(configs: list[NearLineConfig], http_port: int, cpus: float = 0.25) -> str:
+    """Take posts for teachers of one run on a port of the loopback interface; returns the URL.
+
+    A server that others can reach puts the router of `rayfm.serving.nearline.router` behind its own authorisation.
+
+    Raises:
+        ConfigError: the configs are of several runs, or of one teacher twice.
+        CapacityError: the port is in use, or Ray Serve runs already and listens elsewhere.
+    """
+    from ray import serve
+
+    if len({config.run for config in configs}) != 1 or len({config.teacher for config in configs}) != len(configs):
+        raise ConfigError("near-line configs of one intake: give each teacher of one run once")
+    plain = [config.dump() for config in configs]
+
+    def build() -> Any:
+        loaded = [NearLineConfig.model_validate(config) for config in plain]
+        return build_app({config.teacher: make_intake(config) for config in loaded})
+
+    check_port(LOOPBACK, http_port)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    with _DEPLOYING:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": LOOPBACK, "port": http_port},
+            logging_config=_LOGGING,
+        )
+        deployment: Any = serve.deployment(
+            serve.ingress(build)(),
+            name="NearLineIntake",
+            max_ongoing_requests=32,
+            ray_actor_options={"num_cpus": cpus},
+            logging_config=_LOGGING,
+        )
+        serve.run(deployment.bind(), name=intake_name(configs[0].run), route_prefix="/")
+    with socket.socket() as probe:
+        probe.settimeout(5.0)
+        if probe.connect_ex((LOOPBACK, http_port)):
+            stop = f"serve.delete({intake_name(configs[0].run)!r})"
+            raise CapacityError(
+                f"nothing answers on port {http_port}: Ray Serve was started before, with another port or none, and "
+                f"cannot change it; start the intake before teachers and consumers ({stop} removes this one)"
+            )
+    return f"http://{LOOPBACK}:{http_port}"
+
+
+def stop_nearline(config: NearLineConfig) -> None:
+    """Remove a teacher's consumers and its run's intake; what is accepted stays on disk until they run again."""
+    from ray import serve
+
+    for name in (intake_name(config.run), consumer_name(config)):
+        serve.delete(name)

@@ -1,0 +1,374 @@
+"""The spool: accepted rows on disk, from before their ticket is given until their labels are committed.
+
+Below ``<root>/nearline/spool/<teacher>/``; where a ticket's rows lie is its state, and every move is one rename:
+
+===============  =======================================================================================
+``queued/``      ``<ticket>.arrow``: the rows as they were posted (an Arrow IPC file), synced before the 202
+``journal/``     ``<ticket>.jsonl``: what happened to a queued ticket: deliveries, scorings, failures
+``dead/``        ``<ticket>.arrow`` as it was queued, and ``<ticket>.json`` with the reason and the journal
+``done/``        ``<ticket>.json``: the committed ticket's status, kept until it expires
+``rejects/``     ``<ticket>-<rows>.arrow``: rows of a post that were refused, with a ``reason`` column
+===============  =======================================================================================
+
+The queue in Redis only carries tickets: a message that is lost costs time, never rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from rayfm.config import DataError
+from rayfm.labels.columns import check_part
+from rayfm.serving.nearline.durable import TEMPORARY, write_durably
+from rayfm.serving.nearline.tickets import TicketStatus, check_ticket, new_ticket
+from rayfm.snapshots.manifest import sync_dir
+
+ROW = "nearline/row"
+"""Column of the spooled rows: each one's position in the post."""
+
+_HEADER = b"rayfm"
+_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
+_STALE_S = 3600.0
+"""Age of an unfinished file that nobody is writing any more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spooled:
+    """A ticket's accepted rows."""
+
+    ticket: str
+    version: str
+    rejected: int
+    table: pa.Table
+    """The posted columns, and `ROW`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What a ticket's journal says."""
+
+    deliveries: int = 0
+    failures: int = 0
+    """Tries that ended with an error."""
+
+    lasting: int = 0
+    """Of these, with an error that another try will not cure."""
+
+    scored: bool = False
+    reason: str | None = None
+    """The last failure's."""
+
+    @property
+    def crashes(self) -> int:
+        """Deliveries of which neither an end nor an error is known: the consumer died, or is still at it."""
+        return self.deliveries - self.failures
+
+
+@dataclasses.dataclass(frozen=True)
+class DeadLetter:
+    """A ticket that was given up."""
+
+    ticket: str
+    reason: str
+    buried: float
+    """Seconds since 1970."""
+
+    journal: tuple[dict[str, Any], ...] = ()
+
+
+class Spool:
+    """One teacher's spool. Any number of processes may use it; all must see the folder.
+
+    Args:
+        root: folder that holds ``snapshots/``; local, or mounted with working renames and ``fsync``.
+        teacher: name of the teacher in the label store.
+    """
+
+    def __init__(self, root: str | Path, teacher: str) -> None:
+        self.teacher = check_part("teacher", teacher)
+        self.folder = Path(root) / "nearline" / "spool" / teacher
+        self._queued, self._journal, self._dead, self._done, self.rejects = (
+            self.folder / name for name in ("queued", "journal", "dead", "done", "rejects")
+        )
+        for folder in (self._queued, self._journal, self._dead, self._done, self.rejects):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def accept(self, table: pa.Table, version: str, rejects: pa.Table | None = None) -> str:
+        """Store rows durably and give their ticket: from here on they will be labelled, or be a dead letter.
+
+        Args:
+            table: the good rows in the columns as posted, and `ROW`.
+            version: the snapshot that is to label them.
+            rejects: the bad rows, with a ``reason`` column.
+
+        Raises:
+            CapacityError: the disk is full; nothing was accepted.
+        """
+        ticket = new_ticket()
+        rejected = 0 if rejects is None else rejects.num_rows
+        if rejects is not None and rejected:
+            self._write(self.rejects / f"{ticket}-{rejected}.arrow", rejects)
+        self._write(self._path(ticket), _labelled(table, ticket, version, rejected))
+        return ticket
+
+    def read(self, ticket: str) -> Spooled | None:
+        """The rows of a queued ticket, None where it is not queued (any more).
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        return self._read(self._path(ticket))
+
+    def waiting(self) -> Iterator[tuple[str, float]]:
+        """Queued tickets, and when each was last rung for or worked on (seconds since 1970), oldest ticket first."""
+        for ticket in self._tickets(self._queued, ".arrow"):
+            with contextlib.suppress(FileNotFoundError):
+                seen = self._path(ticket).stat().st_mtime
+                with contextlib.suppress(FileNotFoundError):
+                    seen = max(seen, self._journal_path(ticket).stat().st_mtime)
+                yield ticket, seen
+
+    def queued(self) -> int:
+        """Tickets that wait."""
+        return sum(1 for _ in self._tickets(self._queued, ".arrow"))
+
+    def touch(self, ticket: str) -> None:
+        """Note that the ticket's message was sent just now."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self._path(ticket))
+
+    def note(self, ticket: str, event: str, **details: Any) -> None:
+        """Add a line to the ticket's journal. One write: processes do not mix their lines."""
+        line = json.dumps({"event": event, "at": round(time.time(), 3), **details}) + "\n"
+        descriptor = os.open(self._journal_path(ticket), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def history(self, ticket: str) -> History:
+        """What happened to a queued ticket so far."""
+        deliveries = failures = lasting = 0
+        scored, reason = False, None
+        for line in self._lines(ticket):
+            if line["event"] == "delivered":
+                deliveries, scored = deliveries + 1, False
+            elif line["event"] == "scored":
+                scored = True
+            elif line["event"] == "failed":
+                failures, lasting, scored = failures + 1, lasting + bool(line["lasting"]), False
+                reason = line["why"]
+        return History(deliveries, failures, lasting, scored, reason)
+
+    def finish(self, ticket: str, version: str, rows: int, rejected: int, table_version: int, ttl_s: float) -> None:
+        """The rows' labels are committed: remember so for ``ttl_s`` seconds and drop the rows."""
+        status = TicketStatus(
+            ticket=ticket,
+            state="committed",
+            teacher=self.teacher,
+            version=version,
+            rows=rows,
+            rejected=rejected,
+            table_version=table_version,
+            expires=time.time() + ttl_s,
+        )
+        text = status.model_dump_json().encode()
+        write_durably(self._done / f"{ticket}.json", lambda file: file.write(text))
+        # Another delivery may have buried it meanwhile: it is committed all the same.
+        for path in (self._path(ticket), *self._dead_paths(ticket), self._journal_path(ticket)):
+            path.unlink(missing_ok=True)
+
+    def bury(self, ticket: str, reason: str) -> bool:
+        """Give a queued ticket up: its rows become a dead letter. False where it was not queued (any more)."""
+        rows, words = self._dead_paths(ticket)
+        if not self._path(ticket).exists():
+            return False
+        letter = {"reason": reason, "buried": time.time(), "journal": self._lines(ticket)}
+        write_durably(words, lambda file: file.write(json.dumps(letter).encode()))
+        try:
+            os.rename(self._path(ticket), rows)
+        except FileNotFoundError:  # another consumer was faster, with its commit or with the same
+            if not rows.exists():
+                words.unlink(missing_ok=True)
+            return False
+        sync_dir(self._dead)
+        sync_dir(self._queued)
+        self._journal_path(ticket).unlink(missing_ok=True)
+        return True
+
+    def dead_letters(self) -> Sequence[DeadLetter]:
+        """Tickets that were given up, oldest first."""
+        return [self._dead_letter(ticket) for ticket in self._tickets(self._dead, ".arrow")]
+
+    def dead_rows(self, ticket: str) -> Spooled:
+        """The original rows of a dead letter. Raises DataError where there is none."""
+        found = self._read(self._dead_paths(check_ticket(ticket))[0])
+        if found is None:
+            raise DataError(
+                f"{ticket} is no dead letter of teacher {self.teacher!r}; see `rayfm nearline dead-letters`"
+            )
+        return found
+
+    def replay(self, ticket: str, version: str | None = None) -> None:
+        """Queue a dead letter anew, with a clean journal.
+
+        Args:
+            ticket: the dead letter's.
+            version: another snapshot to label it with; None: the one it was accepted for.
+
+        Raises:
+            DataError: there is no such dead letter.
+        """
+        rows, words = self._dead_paths(check_ticket(ticket))
+        self._journal_path(ticket).unlink(missing_ok=True)
+        if version is None:
+            try:
+                os.rename(rows, self._path(ticket))
+            except FileNotFoundError:
+                self.dead_rows(ticket)
+        else:
+            letter = self.dead_rows(ticket)
+            self._write(self._path(ticket), _labelled(letter.table, ticket, version, letter.rejected))
+            rows.unlink(missing_ok=True)
+        self.touch(ticket)
+        sync_dir(self._queued)
+        sync_dir(self._dead)
+        words.unlink(missing_ok=True)
+
+    def discard(self, ticket: str) -> None:
+        """Delete a dead letter with its rows. Raises DataError where there is none."""
+        rows, words = self._dead_paths(check_ticket(ticket))
+        try:
+            rows.unlink()
+        except FileNotFoundError:
+            self.dead_rows(ticket)
+        words.unlink(missing_ok=True)
+
+    def status(self, ticket: str) -> TicketStatus | None:
+        """Where a ticket stands; None for one that was never given, or that expired."""
+        check_ticket(ticket)
+        for _ in range(3):  # a ticket that moves while we look is found on the next round
+            with contextlib.suppress(FileNotFoundError):
+                return TicketStatus.model_validate_json((self._done / f"{ticket}.json").read_text())
+            queued = self._header(self._path(ticket))
+            if queued is not None:
+                history = self.history(ticket)
+                return self._status(ticket, "scored" if history.scored else "queued", queued, history)
+            dead = self._header(self._dead_paths(ticket)[0])
+            if dead is not None:
+                letter = self._dead_letter(ticket)
+                failures = sum(line["event"] == "failed" for line in letter.journal)
+                return self._status(ticket, "dead", dead, History(failures=failures, reason=letter.reason))
+        return None
+
+    def rejected_rows(self) -> int:
+        """Rows in ``rejects/``."""
+        return sum(int(name.rpartition("-")[2]) for name in self._tickets(self.rejects, ".arrow"))
+
+    def sweep(self, now_s: float | None = None) -> int:
+        """Drop tickets that expired, and what killed writers left; how many files."""
+        now = time.time() if now_s is None else now_s
+        dropped = 0
+        for path in self._done.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                status = TicketStatus.model_validate_json(path.read_text())
+                if status.expires is not None and status.expires < now:
+                    path.unlink()
+                    dropped += 1
+        # A journal without rows: of a ticket that another consumer finished while one still wrote to it.
+        left = [path for path in self._journal.glob("*.jsonl") if not self._path(path.stem).exists()]
+        for path in [*left, *self.folder.glob(f"*/{TEMPORARY}*")]:
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < now - _STALE_S:
+                    path.unlink()
+                    dropped += 1
+        return dropped
+
+    def _path(self, ticket: str) -> Path:
+        return self._queued / f"{ticket}.arrow"
+
+    def _journal_path(self, ticket: str) -> Path:
+        return self._journal / f"{ticket}.jsonl"
+
+    def _dead_paths(self, ticket: str) -> tuple[Path, Path]:
+        return self._dead / f"{ticket}.arrow", self._dead / f"{ticket}.json"
+
+    def _tickets(self, folder: Path, suffix: str) -> list[str]:
+        with os.scandir(folder) as found:
+            return sorted(
+                entry.name.removesuffix(suffix)
+                for entry in found
+                if entry.name.endswith(suffix) and not entry.name.startswith(TEMPORARY)
+            )
+
+    def _lines(self, ticket: str) -> list[dict[str, Any]]:
+        try:
+            text = self._journal_path(ticket).read_text()
+        except FileNotFoundError:
+            return []
+        lines = []
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError):  # a power cut may have left a part of a line
+                lines.append(json.loads(line))
+        return lines
+
+    def _dead_letter(self, ticket: str) -> DeadLetter:
+        try:
+            words = json.loads(self._dead_paths(ticket)[1].read_text())
+        except (FileNotFoundError, ValueError):
+            return DeadLetter(ticket, "unknown: its record is gone", 0.0)
+        return DeadLetter(ticket, words["reason"], words["buried"], tuple(words["journal"]))
+
+    def _status(self, ticket: str, state: Any, header: dict[str, Any], history: History) -> TicketStatus:
+        return TicketStatus(
+            ticket=ticket,
+            state=state,
+            teacher=self.teacher,
+            version=header["version"],
+            rows=header["rows"],
+            rejected=header["rejected"],
+            failures=history.failures,
+            reason=history.reason,
+        )
+
+    def _header(self, path: Path) -> dict[str, Any] | None:
+        try:
+            with pa.OSFile(str(path)) as file:
+                header: dict[str, Any] = json.loads(pa.ipc.open_file(file).schema.metadata[_HEADER])
+                return header
+        except FileNotFoundError:
+            return None
+        except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
+            return {"version": "unknown", "rows": 0, "rejected": 0}
+
+    def _read(self, path: Path) -> Spooled | None:
+        try:
+            with pa.OSFile(str(path)) as file:
+                table = pa.ipc.open_file(file).read_all()
+            header = json.loads(table.schema.metadata[_HEADER])
+        except FileNotFoundError:
+            return None
+        except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: the spooled rows are damaged ({error}); post them again") from None
+        return Spooled(header["ticket"], header["version"], header["rejected"], table)
+
+    def _write(self, path: Path, table: pa.Table) -> None:
+        def write(file: Any) -> None:
+            with pa.ipc.new_file(file, table.schema, options=_OPTIONS) as writer:
+                writer.write_table(table)
+
+        write_durably(path, write)
+
+
+def _labelled(table: pa.Table, ticket: str, version: str, rejected: int) -> pa.Table:
+    header = {"ticket": ticket, "version": version, "rows": table.num_rows, "rejected": rejected}
+    return table.replace_schema_metadata({_HEADER: json.dumps(header).encode()})
