@@ -1,0 +1,99 @@
+"""Students as a service: one user, many candidates, a prediction for each candidate and task."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from rayfm.client.wire import Scored
+from rayfm.config import SnapshotError, nearest
+from rayfm.serving.broadcast import encode_candidates
+from rayfm.serving.http.codecs import Payload, check_finite
+from rayfm.serving.http.config import EndpointsConfig
+from rayfm.serving.http.problems import Problem, unavailable
+from rayfm.serving.http.queue import Deadline, Queue, too_late
+from rayfm.serving.teacher import LoadedVersion, score_chunk
+from rayfm.serving.versions import Follower, NewestFollower, Shelf
+from rayfm.snapshots.load import SnapshotStore
+from rayfm.snapshots.manifest import check_name
+
+
+def score_candidates(loaded: LoadedVersion, payload: Payload, rows_at_once: int = 16_384) -> Scored:
+    """Predictions for a request's candidates by one version.
+
+    Raises:
+        DataError: the request is malformed, or does not fit the version's schema; Problem: it asks for too much.
+    """
+    user, candidates = payload.student()
+    chunk = encode_candidates(loaded.encoder, user, candidates, payload.limits.max_list_values)
+    return Scored(loaded.version, check_finite(score_chunk(loaded, chunk, rows_at_once)))
+
+
+class Students:
+    """The students that a process serves.
+
+    Args:
+        root: folder that holds ``snapshots/``.
+        models: their keys; no other name is ever looked up.
+        config: limits, and how many are kept in memory.
+        follow: starts to follow a model; by default the newest version of the store under ``root``.
+        queue: where scoring runs; by default one of the config's size.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        models: Sequence[str],
+        config: EndpointsConfig,
+        follow: Callable[[str], Follower] | None = None,
+        queue: Queue | None = None,
+    ) -> None:
+        store = SnapshotStore(root)
+        self.models = tuple(check_name("model", model) for model in models)
+        # One thread: torch's own threads do the work, and two forwards side by side would only take turns.
+        self.queue = queue or Queue(config.limits.max_queue)
+        self._shelf = Shelf(follow or (lambda model: NewestFollower(store, model, config.poll_s)), config.max_loaded)
+        for model in self.models[: config.max_loaded]:
+            self._shelf.get(model)
+
+    def versions(self) -> dict[str, str | None]:
+        """Model -> the version that answers; None where it is not in memory."""
+        loaded = self._shelf.loaded()
+        return {model: loaded.get(model) for model in self.models}
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model has a version that can answer, or as many as are kept in memory."""
+        return len(self._shelf.loaded()) >= min(len(self.models), self._shelf.limit)
+
+    async def score(self, model: str, payload: Payload, deadline: Deadline) -> Scored:
+        """Predictions for a request's candidates, all by one version.
+
+        Raises:
+            Problem: no such model (404), the queue is full (429), no version yet (503), too late (504).
+            DataError: the request is wrong.
+        """
+        if model not in self.models:
+            raise Problem(404, f"no student {model[:80]!r} is served{nearest(model[:80], list(self.models))}")
+        slot = self._shelf.get(model)
+        try:
+            # Shielded: others wait for the same load.
+            follower = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(slot)), deadline.left)
+        except TimeoutError:
+            raise too_late() from None
+        except SnapshotError:
+            raise unavailable(f"student {model!r} has no version that can be served yet", 5) from None
+
+        def work() -> Scored:
+            try:
+                loaded = follower.current()
+            except SnapshotError:
+                raise unavailable(f"student {model!r} has no version that can be served yet", 5) from None
+            return score_candidates(loaded, payload)
+
+        return await self.queue.run(deadline, work)
+
+    def close(self) -> None:
+        """Stop following and scoring."""
+        self._shelf.close()
+        self.queue.close()

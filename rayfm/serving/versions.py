@@ -1,0 +1,185 @@
+"""The version that answers, and how a newer one takes its place without a request noticing.
+
+A request takes the current version once and keeps it to its end, so that no reply mixes two; the swap is one
+assignment, made after the newer version was loaded, verified and warmed beside the older.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from rayfm.config import RayfmError, SnapshotError
+from rayfm.schema import EXAMPLE_ID, TRAFFIC
+from rayfm.serving.teacher import LoadedVersion, load_version
+from rayfm.snapshots.load import SnapshotStore
+
+log = logging.getLogger(__name__)
+
+
+class Follower(Protocol):
+    """Keeps the version of one model that answers up to date, in a thread of its own."""
+
+    def current(self) -> LoadedVersion:
+        """The version that answers from now on.
+
+        Raises:
+            SnapshotError: there is none yet.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop following."""
+        ...
+
+
+def warm(loaded: LoadedVersion) -> None:
+    """One forward of one example without features, so that the first request does not pay for what is made lazily.
+
+    Raises:
+        SnapshotError: the model cannot score, or answers with something that is no number.
+    """
+    encoder = loaded.encoder
+    types = encoder.schema.arrow_schema()
+    known = {EXAMPLE_ID: 0, TRAFFIC: encoder.schema.traffics[0]}
+    table = pa.table({name: pa.array([known.get(name)], types.field(name).type) for name in encoder.columns})
+    none = np.zeros((1, 0), np.float32)
+    chunk = encoder.encode(table, np.zeros(1, np.int64), none, none.astype(np.bool_))
+    with torch.inference_mode():
+        predictions = loaded.model(encoder.batch(chunk, 0, 1))
+    for task, values in predictions.items():
+        if not bool(torch.isfinite(values).all()):
+            raise SnapshotError(f"version {loaded.version}: its prediction of {task!r} is not finite; it is kept out")
+
+
+class NewestFollower:
+    """Follows the newest complete version that a snapshot store has. A version that cannot be used is kept out.
+
+    Args:
+        store, model: whose versions.
+        poll_s: seconds between looks.
+        load: loads and verifies a version; by default `load_version`.
+    """
+
+    def __init__(
+        self,
+        store: SnapshotStore,
+        model: str,
+        poll_s: float = 2.0,
+        load: Callable[[SnapshotStore, str, str], LoadedVersion] = load_version,
+    ) -> None:
+        self.store, self.model = store, model
+        self._load = load
+        self._current: LoadedVersion | None = None
+        self._refused: set[str] = set()
+        self._closed = threading.Event()
+        self.refresh()
+        self._thread = threading.Thread(target=self._follow, args=(poll_s,), daemon=True, name=f"rayfm-follow-{model}")
+        self._thread.start()
+
+    def current(self) -> LoadedVersion:
+        current = self._current
+        if current is None:
+            raise SnapshotError(f"{self.model} has no version that can be served yet")
+        return current
+
+    def refresh(self) -> bool:
+        """Look once for a newer version and swap to it; whether there was one."""
+        for version in reversed(self.store.versions(self.model)):
+            if self._current is not None and version <= self._current.version:
+                return False
+            if version in self._refused:
+                continue
+            try:
+                loaded = self._load(self.store, self.model, version)
+                warm(loaded)
+            except Exception as error:
+                # Whatever is wrong with it, the old version goes on answering.
+                self._refused.add(version)
+                log.error("%s@%s is kept out: %s", self.model, version, error)
+                continue
+            self._current = loaded
+            return True
+        return False
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _follow(self, poll_s: float) -> None:
+        while not self._closed.wait(poll_s):
+            try:
+                self.refresh()
+            except (OSError, RayfmError) as error:
+                log.error("%s: looking for a newer version failed: %s", self.model, error)
+
+
+class Shelf:
+    """Several models in one process, at most ``limit`` of them in memory: the one used longest ago leaves.
+
+    A model is loaded in a thread of the shelf's, so that requests for the others go on meanwhile.
+
+    Args:
+        follow: starts to follow a model, and blocks until its first version is loaded.
+        limit: how many models are kept.
+    """
+
+    def __init__(self, follow: Callable[[str], Follower], limit: int) -> None:
+        self._follow, self.limit = follow, limit
+        self._lock = threading.Lock()
+        self._slots: OrderedDict[str, Future[Follower]] = OrderedDict()
+
+    def get(self, model: str) -> Future[Follower]:
+        """The model's follower, once it is there. One load runs for all that ask; one that failed is tried again."""
+        leaving: list[Future[Follower]] = []
+        with self._lock:
+            slot = self._slots.get(model)
+            if slot is not None and slot.done() and slot.exception() is not None:
+                slot = None
+            if slot is None:
+                slot = self._slots[model] = Future()
+                threading.Thread(target=self._open, args=(model, slot), daemon=True, name=f"rayfm-load-{model}").start()
+            self._slots.move_to_end(model)
+            while len(self._slots) > self.limit:
+                leaving.append(self._slots.popitem(last=False)[1])
+        for old in leaving:
+            old.add_done_callback(_close)
+        return slot
+
+    def loaded(self) -> dict[str, str]:
+        """Model -> the version that answers, of the models in memory."""
+        with self._lock:
+            slots = dict(self._slots)
+        versions: dict[str, str] = {}
+        for model, slot in slots.items():
+            if slot.done() and slot.exception() is None:
+                try:
+                    versions[model] = slot.result().current().version
+                except SnapshotError:
+                    continue
+        return versions
+
+    def close(self) -> None:
+        """Let all go."""
+        with self._lock:
+            slots, self._slots = list(self._slots.values()), OrderedDict()
+        for slot in slots:
+            slot.add_done_callback(_close)
+
+    def _open(self, model: str, slot: Future[Follower]) -> None:
+        try:
+            slot.set_result(self._follow(model))
+        except BaseException as error:
+            slot.set_exception(error)
+
+
+def _close(slot: Future[Follower]) -> None:
+    if slot.exception() is None:
+        slot.result().close()
