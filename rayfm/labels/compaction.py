@@ -80,7 +80,12 @@ def _compact(store: LabelStore, small: Sequence[LabelFile], target_bytes: int) -
         table = store.open()
         assert table is not None
         paths = {file.path for file in label_files(table, small[0].teacher, small[0].period)}
-        ours = [(sources, new) for sources, new in written if all(file.path in paths for file in sources)]
+        there = {file.path for file in store.written([new for _, new in written])}  # vacuum takes old orphans
+        ours = [
+            (sources, new)
+            for sources, new in written
+            if new.path in there and all(file.path in paths for file in sources)
+        ]
         if not ours:
             return None
         replaced = [file for sources, _ in ours for file in sources]

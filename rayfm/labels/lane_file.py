@@ -203,7 +203,10 @@ def row_group_rows(schema: pa.Schema) -> int:
     """Rows of a row group of a file with these columns."""
     if REPRESENTATION not in schema.names:
         return ROW_GROUP_ROWS
-    width = int(schema.field(REPRESENTATION).type.list_size)
+    kind = schema.field(REPRESENTATION).type
+    if not pa.types.is_fixed_size_list(kind):
+        return 1024  # of any width: another program has written the file
+    width = int(kind.list_size)
     return max(1024, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // (4 * width)))
 
 

@@ -75,7 +75,7 @@ def expire(store: LabelStore, retention: Retention, dry_run: bool = False, also_
         also_pinned: take out what is pinned too; who pinned it reads on at the table version of the pin.
 
     Raises:
-        LabelError: the store has no metadata, so pins cannot be known (unless ``also_pinned``), or it cannot be written.
+        LabelError: the store cannot be written; or, unless ``also_pinned``, it has no metadata, where the pins are.
     """
     metadata = None if also_pinned else store.guarded("expiry")
     rewritten: dict[tuple[str, str], Rewritten] = {}
@@ -136,7 +136,8 @@ def _take_out(
     Args:
         rewritten: (path, version) -> what an attempt before this one has written anew.
     """
-    remove, add = [], []
+    remove: list[LabelFile] = []
+    add: list[Rewritten] = []
     for file, parts in found:
         held = {part.version for part in parts}
         stays = {version for version in held if (file.teacher, file.period, version) not in gone}
@@ -148,4 +149,8 @@ def _take_out(
             if key not in rewritten:
                 rewritten[key] = rewrite(store.files, [file], version)
             add.append(rewritten[key])
+    if len(store.written(add)) < len(add):
+        raise LabelError(
+            f"{store.storage.table}: vacuum took a file that was just written; give it more hours, and expire again"
+        )
     apply(table, Change(add=add, remove=remove, expired=sorted(gone)))

@@ -16,6 +16,7 @@ from rayfm.labels.columns import check_leak, check_task
 from rayfm.labels.delta import (
     RETRIES,
     Change,
+    NewFile,
     add_tasks,
     apply,
     create_table,
@@ -113,6 +114,12 @@ class LabelStore:
             new = self._missing(table, records)
             if not new and not transactions:
                 return Committed(table.version(), 0, len(records))
+            there = {file.path for file in self.written(new)}
+            for record in new:
+                if record.path not in there:
+                    raise LabelError(
+                        f"{self.storage.table}/{record.path}: not what a worker wrote; label the lane again"
+                    )
             version = apply(table, Change(add=new, transactions=transactions))
             return Committed(version, len(new), len(records) - len(new))
 
@@ -164,15 +171,20 @@ class LabelStore:
                     f"{record.lane} in one commit; give each lane once"
                 )
             places.add(place)
+
+    def written(self, files: Sequence[NewFile]) -> Sequence[NewFile]:
+        """Those of ``files`` that lie there as they were written: the last look before a commit names them.
+
+        Raises:
+            LabelError: the storage cannot be asked.
+        """
         try:
-            sizes = self.files.sizes([record.path for record in records])
+            sizes = self.files.sizes([file.path for file in files])
         except OSError as error:
             raise LabelError(
                 f"{self.storage.table}: cannot see the data files ({one_line(error)}); check access"
             ) from None
-        for record, size in zip(records, sizes, strict=True):
-            if size != record.bytes:
-                raise LabelError(f"{self.storage.table}/{record.path}: not what a worker wrote; label the lane again")
+        return [file for file, size in zip(files, sizes, strict=True) if size == file.bytes]
 
     def _writable(self, tasks: set[str]) -> DeltaTable:
         """The newest table, made where there is none, with a column for each task."""
