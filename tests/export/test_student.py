@@ -1,0 +1,345 @@
+"""Exported students: what they predict in every form, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from model_batches import SCHEMA, SIZES, TASKS, random_batch, small_config, small_model
+
+from rayfm.config import ConfigError, DataError, SnapshotError
+from rayfm.data.batch import Batch
+from rayfm.export import forms as forms_module
+from rayfm.export.calibrator import Calibrator
+from rayfm.export.check import calibration_shift, difference
+from rayfm.export.compiled import Architecture, cache_folder, package_path
+from rayfm.export.config import CompileConfig, Tolerance
+from rayfm.export.rows import CheckRows, only_inputs
+from rayfm.export.served import ServedModel
+from rayfm.export.student import ExportedStudent, check_export, export_student
+from rayfm.models import Model
+from rayfm.models.synthetic import synthetic_batch
+from rayfm.schema import Schema
+
+FORMS = ("eager", "torchscript", "int8")
+
+
+def noisy(kind: str, seed: int = 0, **changes: object) -> Model:
+    """A model whose weights say something: a fresh one predicts nearly the same of every row."""
+    model = small_model(kind, seed=seed, **changes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                scale = 0.5 if "embedding" in name else parameter.shape[-1] ** -0.5
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def calibrated(model: Model) -> dict[str, torch.Tensor]:
+    calibrator = Calibrator(SCHEMA, TASKS)
+    calibrator.set("click", 0.7, -0.4)
+    return dict(ServedModel(model, calibrator).tensors())
+
+
+def rows_of(model: Model, rows: int = 300, seed: int = 7) -> CheckRows:
+    batch = random_batch(rows, seed=seed)
+    with torch.no_grad():
+        return CheckRows(only_inputs(batch, None, rows), model(batch).logits)
+
+
+def exported(kind: str, model: Model, compile: str, **options: object) -> ExportedStudent:
+    config = CompileConfig.model_validate({"compile": compile, **options})
+    return export_student(small_config(kind), SCHEMA, TASKS, calibrated(model), config, rows_of(model))
+
+
+def trained_predictions(model: Model, batch: Batch) -> dict[str, torch.Tensor]:
+    """What a model predicts behind the calibrator of `calibrated`, without anything of the export."""
+    with torch.no_grad():
+        logits = model(batch).logits
+    return {"click": torch.sigmoid(0.7 * logits["click"] - 0.4), "watch": logits["watch"]}
+
+
+@pytest.mark.parametrize("kind", sorted(SIZES))
+def test_every_form_predicts_what_the_trained_model_does(kind: str) -> None:
+    model = noisy(kind)
+    batch = random_batch(257, seed=3)
+    expected = trained_predictions(model, batch)
+    assert float(expected["click"].std()) > 0.01
+    for form in FORMS:
+        student = exported(kind, noisy(kind), form, tolerance={"reduced": 0.1})
+        assert student.form == form
+        found = student(batch)
+        exact = form != "int8"
+        for task in TASKS:
+            far = difference(expected[task], found[task], task == "click")
+            assert found[task].shape == (257,)
+            assert found[task].dtype == torch.float32
+            assert far <= (2e-6 if exact else 0.1), (form, task, far)
+        if form == "int8" and kind not in ("fm", "fmfm"):  # those two have no wide linear layer
+            assert not torch.equal(found["click"], expected["click"])
+
+
+def test_the_number_of_rows_is_free() -> None:
+    model = noisy("dmin")
+    student = exported("dmin", noisy("dmin"), "torchscript")
+    for rows in (1, 2, 9):
+        batch = random_batch(rows, seed=11)
+        torch.testing.assert_close(student(batch), trained_predictions(model, batch), rtol=0, atol=2e-6)
+
+
+def test_a_batch_without_rows_has_no_predictions() -> None:
+    student = exported("dlrm", noisy("dlrm"), "eager")
+    assert {task: len(value) for task, value in student(random_batch(0)).items()} == {"click": 0, "watch": 0}
+
+
+@pytest.mark.parametrize("kind", ["dlrm", "dmin", "fm"])
+def test_missing_ids_and_empty_lists_are_zero_vectors(kind: str) -> None:
+    model = noisy(kind)
+    batch = random_batch(40, seed=2)
+    kept = {}
+    for name in ("sparse", "weighted", "sequence"):
+        ids = getattr(batch, name)
+        lengths_KB = ids.lengths().view(-1, 40).clone()
+        gone_KB = torch.rand(lengths_KB.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+        keep_N = (~gone_KB).reshape(-1).repeat_interleave(lengths_KB.reshape(-1).long())
+        lengths_KB[gone_KB] = 0
+        weights = ids.weights_or_none()
+        kept[name] = type(ids)(
+            keys=ids.keys(),
+            values=ids.values()[keep_N],
+            lengths=lengths_KB.reshape(-1),
+            weights=None if weights is None else weights[keep_N],
+        )
+    batch = dataclasses.replace(batch, **kept)
+    found = exported(kind, noisy(kind), "torchscript")(batch)
+    torch.testing.assert_close(found, trained_predictions(model, batch), rtol=0, atol=2e-6)
+
+
+def test_features_may_come_in_another_order_and_with_others() -> None:
+    features = ("age", "user", "watched", "topics")
+    model = noisy("dlrm", features=features)
+    config = small_config("dlrm", features=features)
+    student = export_student(config, SCHEMA, TASKS, dict(model.state_dict()), CompileConfig(compile="eager"))
+    batch = random_batch(20)
+    order = [batch.sparse.keys().index(name) for name in reversed(batch.sparse.keys())]
+    shuffled = dataclasses.replace(batch, sparse=batch.sparse.permute(order))
+    with torch.no_grad():
+        expected = torch.sigmoid(model(batch).logits["click"])
+    torch.testing.assert_close(student(shuffled)["click"], expected, rtol=0, atol=2e-6)
+    with pytest.raises(DataError, match="the batch lacks feature 'user'"):
+        student(dataclasses.replace(batch, sparse=None))
+
+
+def test_tables_are_merged_and_not_kept_twice() -> None:
+    tensors = calibrated(noisy("dlrm"))
+    kept = dict(tensors)
+    student = export_student(small_config("dlrm"), SCHEMA, TASKS, tensors, CompileConfig(compile="eager"))
+    assert tensors == {}
+    assert not any("embedding_bags" in name for name in student._part.state_dict())
+    merged = next(iter(student._lookups._merged.values())).weight_RE
+    tables = [value for name, value in kept.items() if "embedding_bags" in name]
+    assert len(merged) == sum(len(table) for table in tables) + 1
+    assert torch.equal(merged[: len(tables[0])], next(t for t in tables if torch.equal(t, merged[: len(t)])))
+
+
+def test_auto_keeps_the_fastest_of_the_right_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms_module, "compiler", lambda: None)
+    student = exported("dcnv2", noisy("dcnv2"), "auto", candidates=64)
+    assert set(student.results) == {"eager", "torchscript", "int8"}
+    timed = {form: r.seconds for form, r in student.results.items() if r.seconds is not None}
+    assert student.form == min(timed, key=timed.__getitem__)
+    assert all((r.seconds is None) == (r.refused is not None) for r in student.results.values())
+
+
+def test_a_form_that_is_off_is_never_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 is fastest here, and wrong by a little more than may be."""
+    monkeypatch.setattr(forms_module, "compiler", lambda: None)
+
+    def fast_and_wrong(part: torch.nn.Module) -> torch.nn.Module:
+        class Wrong(torch.nn.Module):
+            def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                rows = tensors[0][:, 0, 0] * 0
+                return rows + 0.5, rows
+
+            examples = part.examples
+
+        return Wrong()
+
+    monkeypatch.setattr(forms_module, "quantized", fast_and_wrong)
+    monkeypatch.setattr(forms_module, "scripted", lambda part: part)
+    student = exported("dcnv2", noisy("dcnv2"), "auto")
+    assert student.form != "int8"
+    assert student.results["int8"].refused is not None
+    assert "differs: click by" in student.results["int8"].refused
+    with pytest.raises(SnapshotError, match=r"does not predict what the trained one did .int8 differs: click by"):
+        exported("dcnv2", noisy("dcnv2"), "int8")
+
+
+def test_a_form_that_cannot_be_made_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms_module, "compiler", lambda: None)
+
+    def broken(part: torch.nn.Module) -> None:
+        raise RuntimeError("no such operator\nand more")
+
+    monkeypatch.setattr(forms_module, "scripted", broken)
+    student = exported("dlrm", noisy("dlrm"), "auto")
+    assert student.form == "eager"
+    assert student.results["torchscript"].refused == "RuntimeError: no such operator"
+
+
+def test_aot_without_a_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms_module.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"compile: aot_bf16 needs a C.. compiler.*install g.."):
+        exported("dlrm", noisy("dlrm"), "aot_bf16")
+
+
+def test_weights_that_were_not_trained_are_refused() -> None:
+    rows = rows_of(noisy("dlrm"))
+    with pytest.raises(SnapshotError, match="eager differs: click by"):
+        export_student(
+            small_config("dlrm"), SCHEMA, TASKS, calibrated(noisy("dlrm", seed=1)), CompileConfig(compile="eager"), rows
+        )
+
+
+def test_a_prediction_that_is_not_a_number_is_refused() -> None:
+    model = noisy("dlrm")
+    rows = rows_of(model)
+    tensors = calibrated(model)
+    tensors["heads.linear.bias"] = torch.tensor([float("nan"), 0.0])
+    with pytest.raises(SnapshotError, match="click by NaN"):
+        export_student(small_config("dlrm"), SCHEMA, TASKS, tensors, CompileConfig(compile="eager"), rows)
+
+
+def test_without_rows_random_ones_are_compared() -> None:
+    model = noisy("wukong")
+    config = CompileConfig(compile="int8", tolerance=Tolerance(reduced=0.05))
+    student = export_student(small_config("wukong"), SCHEMA, TASKS, calibrated(model), config)
+    check = student.results["int8"].check
+    assert check is not None
+    assert check.passed
+    assert 0 < check.difference["click"] < 0.05
+
+
+def test_differences_by_hand() -> None:
+    assert difference(torch.tensor([0.1, 0.5]), torch.tensor([0.3, 0.5]), binary=True) == pytest.approx(0.2)
+    # A regression's is over its largest expected value where that is above 1.
+    assert difference(torch.tensor([10.0, -40.0]), torch.tensor([12.0, -40.0]), binary=False) == pytest.approx(0.05)
+    assert difference(torch.tensor([0.5]), torch.tensor([0.1]), binary=False) == pytest.approx(0.4)
+    assert calibration_shift(torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.3])) == pytest.approx(0.25)
+
+
+def test_a_shifted_calibration_alone_is_refused() -> None:
+    """Every row is off by less than the difference lets pass, and all the same way."""
+    model = noisy("dlrm")
+    rows = rows_of(model)
+    tensors = calibrated(model)
+    tensors["calibrator.click.shift"] = torch.tensor(-0.4)
+    rows.logits["click"] = rows.logits["click"] + 0.02
+    tolerance = Tolerance(exact=0.05, calibration=1e-3)
+    with pytest.raises(SnapshotError, match="calibration of click"):
+        export_student(
+            small_config("dlrm"), SCHEMA, TASKS, tensors, CompileConfig(compile="eager", tolerance=tolerance), rows
+        )
+
+
+@pytest.mark.parametrize("kind", ["dmin", "dlrm"])
+def test_rows_come_back_as_they_were(tmp_path: Path, kind: str) -> None:
+    model = noisy(kind)
+    batch = random_batch(50, seed=4)
+    rows = CheckRows(only_inputs(batch, None, 20), {"click": torch.randn(20)})
+    rows.save(tmp_path / "rows.safetensors")
+    again = CheckRows.load(tmp_path / "rows.safetensors")
+    assert torch.equal(again.logits["click"], rows.logits["click"])
+    with torch.no_grad():
+        expected = model(batch).logits["click"][:20]
+        assert torch.equal(model(again.batch).logits["click"], model(rows.batch).logits["click"])
+        torch.testing.assert_close(model(again.batch).logits["click"], expected, rtol=1e-5, atol=1e-5)
+    (tmp_path / "rows.safetensors").write_bytes(b"12345678")
+    with pytest.raises(SnapshotError, match="no rows of an export check"):
+        CheckRows.load(tmp_path / "rows.safetensors")
+
+
+def test_rows_hold_the_models_features_alone() -> None:
+    kept = only_inputs(random_batch(30), ("user", "tags"), 5)
+    assert kept.sparse.keys() == ["user", "tags"]
+    assert (kept.weighted, kept.sequence, len(kept)) == (None, None, 5)
+
+
+def test_the_check_at_publishing() -> None:
+    model = noisy("dcn")
+    rows = rows_of(model)
+    check = check_export(small_config("dcn"), SCHEMA, TASKS, calibrated(model), rows, "2024-01-01", Tolerance())
+    assert (check.period, check.rows) == ("2024-01-01", 300)
+    assert set(check.forms) == set(FORMS)
+    assert check.forms["eager"].passed
+    assert type(check).model_validate_json(check.model_dump_json()) == check
+    rows.logits["watch"] = rows.logits["watch"] + 1.0
+    with pytest.raises(SnapshotError, match=r"differs from the trained one on 300 rows of 2024-01-01: .*not published"):
+        check_export(small_config("dcn"), SCHEMA, TASKS, calibrated(model), rows, "2024-01-01", Tolerance())
+
+
+def test_a_cache_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    assert cache_folder(str(tmp_path / "own" / "compiled")).stat().st_mode & 0o777 == 0o700
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    with pytest.raises(ConfigError, match="holds code that the service runs"):
+        cache_folder(str(open_to_all))
+    (tmp_path / "link").symlink_to(tmp_path / "own")
+    with pytest.raises(ConfigError, match="holds code that the service runs"):
+        cache_folder(str(tmp_path / "link"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        cache_folder(str(tmp_path / "file"))
+
+
+def test_an_architecture_names_what_its_code_depends_on() -> None:
+    one = Architecture(small_config("dlrm"), SCHEMA, TASKS, True)
+    assert Architecture.parse(one.text()) == one
+    others = [
+        Architecture(small_config("dlrm", over=(16, 8)), SCHEMA, TASKS, True),
+        Architecture(small_config("dlrm"), SCHEMA, TASKS[:1], True),
+        Architecture(small_config("dlrm"), SCHEMA, TASKS, False),
+    ]
+    assert len({item.digest() for item in (one, *others)}) == 4
+
+
+SMALL = Schema.model_validate(
+    {**SCHEMA.dump(), "features": [{"name": "age", "kind": "dense"}, {"name": "user", "kind": "sparse"}]}
+)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+def test_native_code_is_compiled_once_and_takes_each_versions_weights(tmp_path: Path) -> None:
+    config = CompileConfig(compile="aot_bf16", cache=str(tmp_path / "compiled"), tolerance=Tolerance(reduced=0.02))
+    architecture = Architecture(small_config("dlrm"), SMALL, ("click",), True)
+    package = package_path(architecture, config)
+    students, built = [], []
+    for seed in (0, 1):
+        from rayfm.models.build import build_model
+
+        model = build_model(small_config("dlrm"), SMALL, ("click",), seed=seed).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+        calibrator = Calibrator(SMALL, ("click",))
+        calibrator.set("click", 0.5 + seed, 0.25 - seed)
+        with torch.no_grad():
+            batch = synthetic_batch(SMALL, 65, seed=9)
+            built.append(torch.sigmoid((0.5 + seed) * model(batch).logits["click"] + 0.25 - seed))
+        tensors = dict(ServedModel(model, calibrator).tensors())
+        students.append(export_student(small_config("dlrm"), SMALL, ("click",), tensors, config))
+        when = package.stat().st_mtime_ns
+        assert students[0].form == "aot_bf16"
+    assert package.stat().st_mtime_ns == when
+    assert len(list(package.parent.glob("*.pt2"))) == 1
+    assert float((built[0] - built[1]).abs().max()) > 0.2
+    for student, expected in zip(students, built, strict=True):
+        for rows in (1, 2, 65):
+            found = student(only_inputs(synthetic_batch(SMALL, 65, seed=9), None, rows))["click"]
+            assert found.dtype == torch.float32
+            assert 0 < float((found - expected[:rows]).abs().max()) < 0.02
