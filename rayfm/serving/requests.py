@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from rayfm.config import DataError, nearest
 from rayfm.data.conform import conform, list_parts, one_array
 from rayfm.data.encode import Encoder
+from rayfm.data.sources.base import KIND_COLUMN, TRUTH_PREFIX
 from rayfm.schema import EXAMPLE_ID, LOGGED_PREFIX, RESERVED_COLUMNS, TRAFFIC, WEIGHTS_SUFFIX, Feature, Schema
 
 
@@ -27,10 +28,10 @@ def conform_columns(encoder: Encoder, table: pa.Table) -> dict[str, pa.Array]:
     schema, wanted = encoder.schema, encoder.columns
     types = {field.name: field.type for field in schema.arrow_schema()}
     widths = dict(encoder.representations)
-    known = [*types, *widths, *(name for name in RESERVED_COLUMNS if name not in types)]
+    known = [*types, *widths, KIND_COLUMN, *(name for name in RESERVED_COLUMNS if name not in types)]
     arrays: dict[str, pa.Array] = {}
     for name in table.column_names:
-        if name not in known and not name.startswith(LOGGED_PREFIX):
+        if name not in known and not name.startswith((LOGGED_PREFIX, TRUTH_PREFIX)):
             raise DataError(f"unknown column {name[:80]!r}{nearest(name[:80], [*types, *widths])}")
         if name in widths:
             arrays[name] = _vectors(name, table[name], widths[name])

@@ -7,7 +7,7 @@ import dataclasses
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,14 +15,21 @@ import torch
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rayfm.config import Config, DataError, RayfmError
-from rayfm.data.conform import conform
+from rayfm.client.wire import ARROW, Scored
+from rayfm.config import Config, RayfmError
 from rayfm.data.encode import EncodedChunk, Encoder
 from rayfm.export.served import ServedModel, export_model
 from rayfm.labels.columns import REPRESENTATION
 from rayfm.models.base import MODELS, ModelConfig
 from rayfm.schema import Schema
+from rayfm.serving.http.codecs import Payload, check_finite, encode, reply_headers
+from rayfm.serving.http.config import LimitsConfig
+from rayfm.serving.http.problems import Problem
+from rayfm.serving.requests import conform_rows
 from rayfm.snapshots.load import SnapshotStore
+
+if TYPE_CHECKING:
+    from rayfm.serving.versions import Follower
 
 KEPT_VERSIONS = 2
 """Versions a replica keeps: the one that answers, and the one before for the job that still names it."""
@@ -38,6 +45,9 @@ class TeacherServiceConfig(Config):
     threads: int = 1
     predict_rows: int = 4096
     """Rows of one forward."""
+    poll_s: float | None = None
+    """Seconds between looks for a newer version, which then answers requests that name none. None: Serve's
+    ``user_config`` says which does."""
 
 
 @dataclasses.dataclass
@@ -106,45 +116,6 @@ def score_chunk(
     return pa.table(columns)
 
 
-def read_stream(body: bytes) -> pa.Table:
-    """The table of an Arrow IPC stream.
-
-    Raises:
-        DataError: it is not one, or it is cut off.
-    """
-    try:
-        return pa.ipc.open_stream(body).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"the request is not an Arrow IPC stream ({error}); send one of the example store's columns"
-        ) from None
-
-
-def conform_request(encoder: Encoder, table: pa.Table) -> pa.Table:
-    """What a client sent in the example store's types, without the columns that are not read.
-
-    Raises:
-        DataError: a column stands twice, has a type that cannot fit, or holds a value that does not fit.
-    """
-    types = {field.name: field.type for field in encoder.schema.arrow_schema()}
-    columns = {}
-    for name in encoder.columns:
-        if table.column_names.count(name) > 1:
-            raise DataError(f"the request has column {name!r} twice; send it once")
-        if name not in table.column_names:
-            continue  # the encoder says which one is missing
-        columns[name], unfit = conform(name, table[name], types[name])
-        if unfit is not None and unfit.any():
-            raise DataError(f"row {int(unfit.argmax())}: column {name!r} holds a value that no {types[name]} can")
-    for name, width in encoder.representations:
-        if name in table.column_names:
-            try:
-                columns[name] = table[name].cast(pa.list_(pa.float32(), width))
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                raise DataError(f"column {name!r}: give lists of {width} floats, or null ({error})") from None
-    return pa.table(columns)
-
-
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """A response that is there already; looks like the one of a Serve handle."""
@@ -199,6 +170,11 @@ class TeacherService:
         # One thread: torch's own threads do the work, and two forwards side by side would only take turns.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayfm-score")
         self._current: str | None = None
+        self._follower: Follower | None = None
+        if self.config.poll_s is not None:
+            from rayfm.serving.versions import NewestFollower
+
+            self._follower = NewestFollower(self.store, self.config.model, self.config.poll_s)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve calls this at the start and when ``user_config`` changes; requests go on meanwhile."""
@@ -220,29 +196,32 @@ class TeacherService:
     async def __call__(self, request: Request) -> Response:
         """HTTP: an Arrow IPC stream of examples in, one of predictions out; ``x-rayfm-version`` names the version.
 
-        ``?version=`` asks for a version, ``?representation=true`` for the representation too.
+        ``?version=`` asks for a version, ``?representation=true`` for the representation too. For this machine alone:
+        there is neither a token nor a queue before it (`rayfm.serving.endpoints` has both).
         """
         try:
-            table = read_stream(await request.body())
+            table = Payload(await request.body(), ARROW, LimitsConfig()).rows()
             asked = request.query_params
-            version, predictions = await self._answer(
-                table, asked.get("version"), asked.get("representation") == "true", conform_first=True
-            )
-        except (RayfmError, ValueError) as error:
-            return Response(str(error), status_code=400, media_type="text/plain")
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, predictions.schema) as writer:
-            writer.write_table(predictions)
-        return Response(
-            sink.getvalue().to_pybytes(),
-            media_type="application/vnd.apache.arrow.stream",
-            headers={"x-rayfm-version": version},
-        )
+            scored = await self.score_request(table, asked.get("version"), asked.get("representation") == "true")
+        except (RayfmError, ValueError, Problem) as error:
+            return (error if isinstance(error, Problem) else Problem(400, str(error))).response()
+        return Response(encode(scored, ARROW), media_type=ARROW, headers=reply_headers(scored.version))
+
+    async def score_request(self, table: pa.Table, version: str | None = None, representation: bool = False) -> Scored:
+        """Predictions for rows from outside, which are conformed to the version's schema first.
+
+        Raises:
+            DataError: a column is missing or unknown, or holds what no row may hold; a prediction is not finite.
+            SnapshotError, ValueError: as `score`.
+        """
+        return Scored(*await self._answer(table, version, representation, conform_first=True))
 
     async def _answer(
         self, table: pa.Table, version: str | None, representation: bool, conform_first: bool = False
     ) -> tuple[str, pa.Table]:
         wanted = version or self._current
+        if version is None and self._follower is not None:
+            wanted = self._follower.current().version
         if wanted is None:
             raise ValueError("no version is current; name one")
         loop = asyncio.get_running_loop()
@@ -251,10 +230,15 @@ class TeacherService:
     def _score(self, table: pa.Table, version: str, representation: bool, conform_first: bool) -> tuple[str, pa.Table]:
         loaded = self._load(version)
         if conform_first:
-            table = conform_request(loaded.encoder, table)
-        return loaded.version, score_table(loaded, table, self.config.predict_rows, representation)
+            table = conform_rows(loaded.encoder, table)
+        predictions = score_table(loaded, table, self.config.predict_rows, representation)
+        return loaded.version, check_finite(predictions) if conform_first else predictions
 
     def _load(self, version: str) -> LoadedVersion:
+        if self._follower is not None:
+            current = self._follower.current()
+            if current.version == version:
+                return current
         with self._lock:
             loaded = self._versions.get(version)
             if loaded is None:

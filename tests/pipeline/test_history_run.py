@@ -16,7 +16,8 @@ from rayfm.pipeline.here import run_here
 from rayfm.pipeline.plan import histories, periods_to_label, representation_widths, student_specs
 from rayfm.pipeline.stream import Pipeline
 from rayfm.serving.labelling import history_spec
-from rayfm.serving.teacher import conform_request, load_version, score_table
+from rayfm.serving.requests import conform_rows
+from rayfm.serving.teacher import load_version, score_table
 
 HISTORY = {"teacher": "fm", "key": "user"}
 NAME = "history/fm/user"
@@ -95,9 +96,9 @@ def test_a_run_predicts_trains_and_serves_with_it(tmp_path, ray_session):
     assert known.sum() > 0
     values = np.random.default_rng(0).normal(size=(len(lane), width)).tolist()
     given = pa.array(values, pa.list_(pa.float64()))
-    without = score_table(loaded, conform_request(loaded.encoder, lane))
-    with_one = score_table(loaded, conform_request(loaded.encoder, lane.append_column(NAME, given)))
+    without = score_table(loaded, conform_rows(loaded.encoder, lane))
+    with_one = score_table(loaded, conform_rows(loaded.encoder, lane.append_column(NAME, given)))
     assert (without["click"].to_numpy() != with_one["click"].to_numpy()).any()
     nowhere = pa.array([None] * len(lane), pa.list_(pa.float32(), width))
-    absent = score_table(loaded, conform_request(loaded.encoder, lane.append_column(NAME, nowhere)))
+    absent = score_table(loaded, conform_rows(loaded.encoder, lane.append_column(NAME, nowhere)))
     assert absent.equals(without)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -236,7 +237,7 @@ def test_http_says_what_is_wrong_with_a_request(service, rows):
         ("text for a number", stream(text_age), "v1", "'age'"),
         ("text for a list", stream(text_user), "v1", "'tags'"),
         ("an id beyond int64", stream(huge), "v1", "row 3: column 'user'"),
-        ("a column twice", stream(rows.append_column("age", rows["age"])), "v1", "'age' twice"),
+        ("a column twice", stream(rows.append_column("age", rows["age"])), "v1", "'age' stands twice"),
     ):
         response = call(service, body, version)
         assert response.status_code == 400, what
@@ -299,3 +300,28 @@ def test_a_port_that_the_user_may_not_have():
 
 def test_applications_are_named_by_run_and_teacher():
     assert application_name("demo", "fm") == "rayfm-demo-fm"
+
+
+def test_rows_from_outside_are_conformed_first(service, rows):
+    service.reconfigure({"version": "v1"})
+    bare = rows.drop_columns(["example_id", "click", "watch"])
+    scored = asyncio.run(service.score_request(bare))
+    assert scored.version == "v1"
+    assert scored.predictions.equals(score(service, rows, "v1")[1])
+    for column, said in ((pa.array([-1] * len(rows)), "negative id"), (pa.array(["x"] * len(rows)), "is string")):
+        with pytest.raises(DataError, match=said):
+            asyncio.run(service.score_request(rows.set_column(rows.column_names.index("user"), "user", column)))
+    with pytest.raises(DataError, match="unknown column 'usr'; did you mean 'user'"):
+        asyncio.run(service.score_request(rows.append_column("usr", rows["user"])))
+
+
+def test_a_service_may_follow_the_newest_version(tmp_path, rows):
+    publish_model(tmp_path, "v1", seed=1)
+    service = TeacherService({"root": str(tmp_path), "model": MODEL, "poll_s": 0.02})
+    assert score(service, rows)[0] == "v1"
+    publish_model(tmp_path, "v2", seed=2)
+    end = time.monotonic() + 20
+    while score(service, rows)[0] != "v2":
+        assert time.monotonic() < end
+    assert score(service, rows, "v1")[0] == "v1", "an older version can still be named"
+    service._follower.close()
