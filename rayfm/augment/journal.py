@@ -1,0 +1,345 @@
+"""A join's folder: what makes a batch happen exactly once, whenever the process is killed.
+
+::
+
+    journal.sqlite                  one row per batch: the commit
+    staging/<batch>/                what the batch writes, before its commit
+    state/impressions-<batch>.arrow, state/feedback-<batch>.arrow
+    examples/period=<p>/batch-<batch>.parquet       moved here after the commit; so are corrections/ and rejects/
+    complete/period=<p>.json        the period gets no further example
+    counts.jsonl                    one line per batch
+
+A batch writes its files to ``staging`` and ``state``, then commits the new offsets, watermark, counts and the files'
+names in one SQLite transaction, then moves the files to their places. Killed before the commit, it leaves nothing that
+is ever looked at; killed after, the next start moves what is left. A reader of ``examples`` sees whole files of
+committed batches, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayfm.config import Config, DataError
+from rayfm.data.staging import disk_errors
+from rayfm.data.store import file_sha256
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS batches (batch INTEGER PRIMARY KEY, record TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS offsets (source TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS files (
+    path TEXT PRIMARY KEY, batch INTEGER NOT NULL, dataset TEXT NOT NULL, period TEXT NOT NULL, rows INTEGER NOT NULL,
+    sha256 TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS periods (
+    dataset TEXT NOT NULL, period TEXT NOT NULL, start_us INTEGER NOT NULL, complete INTEGER,
+    PRIMARY KEY (dataset, period));
+"""
+
+EXAMPLES = "examples"
+
+
+class Output(Config):
+    """A file of a batch."""
+
+    path: str
+    """Below the root."""
+
+    rows: int
+    sha256: str
+    dataset: str = ""
+    """The data set of labelled examples that it belongs to; empty for other files."""
+
+    period: str = ""
+    start_us: int = 0
+
+
+class Record(Config):
+    """What a batch committed."""
+
+    batch: int
+    watermark: int
+    seen: dict[str, int]
+    files: tuple[Output, ...]
+    impressions: tuple[int, ...]
+    """Segments of the state."""
+
+    feedback: tuple[int, ...]
+    complete: tuple[tuple[str, str], ...]
+    """(data set, period) that are complete with this batch."""
+
+    counts: dict[str, Any]
+
+
+class Journal:
+    """The folder of one join, held by one process at a time.
+
+    Args:
+        root: the folder; made where there is none.
+        identity: what of the config shapes the state. A folder with another one is refused.
+
+    Raises:
+        DataError: another process holds it, it belongs to another config, or it cannot be read or written.
+    """
+
+    def __init__(self, root: str | Path, identity: Mapping[str, Any]) -> None:
+        self.root = Path(root).expanduser().absolute()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self.root / "journal.sqlite", timeout=0, isolation_level=None)
+            # The lock is the operating system's: it goes with the process, however that ends.
+            self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._database.execute("PRAGMA synchronous = FULL")
+            self._database.execute("BEGIN EXCLUSIVE")
+            for statement in _TABLES.split(";"):
+                self._database.execute(statement)
+            self._check_identity(identity)
+            self._database.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise DataError(f"{self.root}: another process runs this join; wait, or name another root") from None
+            raise DataError(f"{self.root}: the journal cannot be opened ({error}); fix access, or free space") from None
+        except sqlite3.DatabaseError as error:
+            raise DataError(
+                f"{self.root}/journal.sqlite: is damaged ({error}); remove the folder and join anew"
+            ) from None
+        except OSError as error:
+            raise DataError(f"{self.root}: cannot be written ({error.strerror}); name another root") from None
+        try:
+            self._recover()
+        except DataError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._database.close()
+
+    def _check_identity(self, identity: Mapping[str, Any]) -> None:
+        text = json.dumps(identity, sort_keys=True)
+        stored = self.meta("identity")
+        if stored is None:
+            self.set_meta("identity", text)
+        elif stored != text:
+            self._database.execute("ROLLBACK")
+            self._database.close()
+            key = _first_difference(json.loads(stored), json.loads(text))
+            raise DataError(
+                f"{self.root}: was joined with another {key!r}, which its state depends on; set it back, or name "
+                "another root"
+            )
+
+    def meta(self, key: str) -> str | None:
+        """A value that stays."""
+        row = self._database.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Within a transaction: with it; else at once."""
+        self._database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def last(self) -> Record | None:
+        """The newest batch."""
+        row = self._database.execute("SELECT record FROM batches ORDER BY batch DESC LIMIT 1").fetchone()
+        return None if row is None else Record.model_validate_json(row[0])
+
+    def offsets(self) -> dict[str, Any]:
+        """Where each source stands, as the newest batches said."""
+        return {source: json.loads(value) for source, value in self._database.execute("SELECT * FROM offsets")}
+
+    def open_periods(self) -> list[tuple[str, str, int]]:
+        """(data set, period, its start) that are not complete."""
+        return list(
+            self._database.execute("SELECT dataset, period, start_us FROM periods WHERE complete IS NULL ORDER BY 1, 3")
+        )
+
+    def segment(self, kind: str, batch: int) -> pa.Table:
+        """A segment of the state, mapped into memory.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        path = self._segment_path(kind, batch)
+        try:
+            with pa.memory_map(str(path)) as file:
+                return pa.ipc.open_file(file).read_all()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{path}: is missing or damaged ({error}); remove {self.root} and join anew") from None
+
+    def _segment_path(self, kind: str, batch: int) -> Path:
+        return self.root / "state" / f"{kind}-{batch:08d}.arrow"
+
+    def write_segment(self, kind: str, batch: int, table: pa.Table) -> pa.Table:
+        """Write a segment of a batch that is not committed yet; the same rows, mapped into memory."""
+        path = self._segment_path(kind, batch)
+        path.parent.mkdir(exist_ok=True)
+        with disk_errors(path), path.open("wb") as file:
+            with pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+            _sync(file)
+        return self.segment(kind, batch)
+
+    def stage(
+        self, batch: int, path: str, table: pa.Table, dataset: str = "", period: str = "", start_us: int = 0
+    ) -> Output:
+        """Write an output file of a batch that is not committed yet.
+
+        Args:
+            batch: its number.
+            path: where it will stand, below the root.
+            table: its rows.
+            dataset, period, start_us: what of the labelled examples it is.
+        """
+        staged = self._staged(batch, path)
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(staged), staged.open("wb") as file:
+            pq.write_table(table.combine_chunks(), file, compression="zstd")
+            _sync(file)
+        return Output(
+            path=path,
+            rows=table.num_rows,
+            sha256=file_sha256(staged),
+            dataset=dataset,
+            period=period,
+            start_us=start_us,
+        )
+
+    def _staged(self, batch: int, path: str) -> Path:
+        return self.root / "staging" / f"{batch:08d}" / path.replace("/", "%2F")
+
+    def commit(self, record: Record, offsets: Mapping[str, Any], meta: Mapping[str, str]) -> None:
+        """Make a batch happen, then move its files to their places.
+
+        Args:
+            record: what it did.
+            offsets: where its sources stand now; sources that are not named stand where they stood.
+            meta: values that stay.
+
+        Raises:
+            DataError: the journal cannot be written: the batch has not happened.
+        """
+        for folder in {self._staged(record.batch, file.path).parent for file in record.files} | {self.root / "state"}:
+            if folder.exists():
+                _sync_folder(folder)
+        run = self._database.execute
+        try:
+            run("BEGIN")
+            for file in record.files:
+                if file.dataset:
+                    run(
+                        "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)",
+                        (file.path, record.batch, file.dataset, file.period, file.rows, file.sha256),
+                    )
+                    run(
+                        "INSERT OR IGNORE INTO periods VALUES (?, ?, ?, NULL)",
+                        (file.dataset, file.period, file.start_us),
+                    )
+            for dataset, period in record.complete:
+                run("UPDATE periods SET complete = ? WHERE dataset = ? AND period = ?", (record.batch, dataset, period))
+            for source, value in offsets.items():
+                run("INSERT OR REPLACE INTO offsets VALUES (?, ?)", (source, json.dumps(value)))
+            for key, text in meta.items():
+                self.set_meta(key, text)
+            run("INSERT INTO batches VALUES (?, ?)", (record.batch, record.model_dump_json()))
+            run("COMMIT")
+        except sqlite3.DatabaseError as error:
+            if self._database.in_transaction:
+                run("ROLLBACK")
+            raise DataError(
+                f"{self.root}: cannot commit batch {record.batch} ({error}); free space, run again"
+            ) from None
+        self._publish(record)
+        with (self.root / "counts.jsonl").open("a") as lines:
+            lines.write(json.dumps(record.counts) + "\n")
+
+    def _publish(self, record: Record) -> None:
+        """Move a committed batch's files to their places; those that stand there already are left."""
+        folders = set()
+        for file in record.files:
+            staged, target = self._staged(record.batch, file.path), self.root / file.path
+            if staged.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(staged, target)
+                folders.add(target.parent)
+        for dataset, period in record.complete:
+            files = self._database.execute(
+                "SELECT path, rows, sha256 FROM files WHERE dataset = ? AND period = ? ORDER BY path", (dataset, period)
+            ).fetchall()
+            marker = {
+                "period": period,
+                "rows": sum(rows for _, rows, _ in files),
+                "files": [{"path": path, "rows": rows, "sha256": sha256} for path, rows, sha256 in files],
+            }
+            target = self.root / f"complete{dataset.removeprefix(EXAMPLES)}" / f"period={period}.json"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write_atomic(target, json.dumps(marker, indent=1))
+            folders.add(target.parent)
+        for folder in folders:
+            _sync_folder(folder)
+        shutil.rmtree(self.root / "staging", ignore_errors=True)
+        self._drop_segments(record)
+
+    def _drop_segments(self, record: Record | None) -> None:
+        """Remove segments that the newest batch has no use for: outlived ones, and those of a batch that was not."""
+        live = set()
+        if record is not None:
+            live = {self._segment_path("impressions", batch) for batch in record.impressions}
+            live |= {self._segment_path("feedback", batch) for batch in record.feedback}
+        for path in (self.root / "state").glob("*.arrow"):
+            if path not in live:
+                path.unlink()
+
+    def _recover(self) -> None:
+        record = self.last()
+        if record is not None:
+            self._publish(record)
+        else:
+            shutil.rmtree(self.root / "staging", ignore_errors=True)
+            self._drop_segments(None)
+        lines = [json.dumps(entry.counts) + "\n" for entry in self.records()]
+        _write_atomic(self.root / "counts.jsonl", "".join(lines))
+
+    def records(self) -> Iterator[Record]:
+        """Every batch, in order."""
+        for (text,) in self._database.execute("SELECT record FROM batches ORDER BY batch"):
+            yield Record.model_validate_json(text)
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    """The file is the old one or the new one; what a killed write left is written over by the next."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        _sync(file)
+    os.replace(temporary, path)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    for key in [*old, *(key for key in new if key not in old)]:
+        one, other = old.get(key), new.get(key)
+        if one != other:
+            if isinstance(one, dict) and isinstance(other, dict):
+                return _first_difference(one, other, f"{prefix}{key}.")
+            return prefix + key
+    return prefix.rstrip(".")
