@@ -93,7 +93,8 @@ def start_consumers(config: NearLineConfig, score: Score | None = None) -> Any:
             logging_config=_LOGGING,
             **autoscaling(config),
         )
-        return serve.run(deployment.bind(config.dump(), score), name=consumer_name(config), route_prefix=None)
+        service = application_name(config.run, config.teacher)
+        return serve.run(deployment.bind(config.dump(), service, score), name=consumer_name(config), route_prefix=None)
 
 
 def start_intake(configs: list[NearLineConfig], http_port: int, cpus: float = 0.25) -> str:

@@ -10,10 +10,10 @@ import time
 from typing import Any
 
 import pyarrow as pa
+from ray import serve
 from ray.serve.task_consumer import task_handler
 
 from rayfm.config import CapacityError
-from rayfm.serving.application import teacher_handle
 from rayfm.serving.nearline.batcher import Batcher
 from rayfm.serving.nearline.config import NearLineConfig
 from rayfm.serving.nearline.doorbell import TASK, Doorbell, sweep
@@ -35,10 +35,12 @@ class NearLineConsumer:
 
     Args:
         config: a `NearLineConfig` as plain values.
-        score: asks the teacher; by default the run's teacher service.
+        service: the Serve application of the teacher that scores.
+        score: asks the teacher; by default that service.
     """
 
-    def __init__(self, config: dict[str, Any], score: Score | None = None) -> None:
+    def __init__(self, config: dict[str, Any], service: str, score: Score | None = None) -> None:
+        self._service = service
         self.config = NearLineConfig.model_validate(config)
         consumer = self.config.consumer
         self.spool = Spool(self.config.root, self.config.teacher)
@@ -100,10 +102,8 @@ class NearLineConsumer:
         self.doorbell.close()
 
     def _ask_service(self, rows: pa.Table, version: str) -> tuple[str, pa.Table]:
-        handle = teacher_handle(self.config.run, self.config.teacher)
-        found: tuple[str, pa.Table] = handle.score.remote(rows, version).result(
-            timeout_s=self.config.consumer.score_timeout_s
-        )
+        response = serve.get_app_handle(self._service).score.remote(rows, version)
+        found: tuple[str, pa.Table] = response.result(timeout_s=self.config.consumer.score_timeout_s)
         return found
 
     def _watch(self) -> None:

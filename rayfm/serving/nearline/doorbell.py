@@ -11,6 +11,7 @@ import contextlib
 import json
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 from rayfm.config import CapacityError
 from rayfm.serving.nearline.config import NearLineConfig
@@ -137,8 +138,10 @@ class Doorbell:
             raise self._down(error) from None
 
     def _down(self, error: Exception) -> CapacityError:
-        where = self._config.redis.rpartition("@")[2]  # no password in a message
-        return CapacityError(f"Redis at {where} does not answer ({type(error).__name__}); start it")
+        parts = urlsplit(self._config.redis)  # no password in a message
+        return CapacityError(
+            f"Redis at {parts.hostname}:{parts.port or 6379} does not answer ({type(error).__name__}); start it"
+        )
 
 
 def sweep(spool: Spool, doorbell: Doorbell, config: NearLineConfig, now_s: float | None = None) -> int:

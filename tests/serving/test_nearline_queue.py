@@ -1,0 +1,421 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+from fastapi import HTTPException, Request
+from nearline_cases import TEACHER, V1, Oracle, as_arrow, as_json, config, publish_teacher, rows
+from starlette.testclient import TestClient
+
+from rayfm.config import CapacityError, ConfigError, validate
+from rayfm.serving.nearline.application import autoscaling, start_intake
+from rayfm.serving.nearline.config import NearLineConfig, load_nearline
+from rayfm.serving.nearline.consumer import NearLineConsumer, NotLabelled
+from rayfm.serving.nearline.doorbell import Doorbell, sweep
+from rayfm.serving.nearline.intake import Intake
+from rayfm.serving.nearline.labels import NearLineLabels
+from rayfm.serving.nearline.router import build_app
+from rayfm.serving.nearline.rows import Versions
+from rayfm.serving.nearline.spool import ROW, Spool
+from rayfm.snapshots import SnapshotStore
+
+ARROW = {"content-type": "application/vnd.apache.arrow.stream"}
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    root = tmp_path_factory.mktemp("published")
+    publish_teacher(root, V1)
+    return root
+
+
+@pytest.fixture
+def root(tmp_path, published):
+    (tmp_path / "snapshots").symlink_to(published / "snapshots")
+    return tmp_path
+
+
+class Bell:
+    """Hears the rings."""
+
+    def __init__(self) -> None:
+        self.rung: list[str] = []
+        self.down = False
+
+    def ring(self, ticket: str) -> None:
+        if self.down:
+            raise CapacityError("Redis does not answer")
+        self.rung.append(ticket)
+
+
+def make_intake(root, bell, **limits) -> Intake:
+    settings = config(root, limits=limits)
+    return Intake(settings, Spool(root, TEACHER), Versions(SnapshotStore(root), settings.model), bell)
+
+
+@pytest.fixture
+def bell():
+    return Bell()
+
+
+@pytest.fixture
+def client(root, bell):
+    return TestClient(build_app({TEACHER: make_intake(root, bell)}))
+
+
+def until(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+def queued(spool: Spool, count: int = 2) -> str:
+    return spool.accept(rows(count).append_column(ROW, pa.array(range(count), pa.int64())), V1)
+
+
+# The door.
+
+
+@pytest.mark.parametrize(("encode", "headers"), [(as_arrow, ARROW), (as_json, JSON), (as_arrow, {})])
+def test_a_post_is_accepted_with_a_ticket(client, root, bell, encode, headers):
+    answer = client.post(f"/v1/teachers/{TEACHER}/label", content=encode(rows(20)), headers=headers)
+    assert answer.status_code == 202
+    accepted = answer.json()
+    ticket = accepted["ticket"]
+    assert accepted == {
+        "ticket": ticket, "teacher": TEACHER, "version": V1, "rows": 20, "rejected": 0, "rejects": [],
+    }  # fmt: skip
+    assert answer.headers["location"] == f"/v1/labels/{ticket}"
+    assert answer.headers["x-rayfm-version"] == V1
+    assert Spool(root, TEACHER).read(ticket).table.drop_columns([ROW]).to_pylist() == rows(20).to_pylist()
+    until(lambda: bell.rung == [ticket])
+    status = client.get(answer.headers["location"])
+    assert status.status_code == 200
+    assert status.headers["x-rayfm-version"] == V1
+    assert (status.json()["state"], status.json()["rows"], status.json()["ticket"]) == ("queued", 20, ticket)
+
+
+def test_bad_rows_are_listed_and_kept_and_the_others_accepted(client, root):
+    table = rows(10).to_pylist()
+    table[3]["traffic"] = "billboard"
+    answer = client.post(f"/v1/teachers/{TEACHER}/label", content=as_json(pa.Table.from_pylist(table)), headers=JSON)
+    assert answer.status_code == 202
+    assert (answer.json()["rows"], answer.json()["rejected"]) == (9, 1)
+    assert answer.json()["rejects"] == [{"row": 3, "reason": "unknown traffic"}]
+    assert client.get(answer.headers["location"]).json()["rejected"] == 1
+    spool = Spool(root, TEACHER)
+    assert spool.rejected_rows() == 1
+    (file,) = spool.rejects.glob("*.arrow")
+    kept = pa.ipc.open_file(file).read_all().to_pylist()
+    assert kept == [table[3] | {ROW: 3, "reason": "unknown traffic"}]
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "code", "words"),
+    [
+        (as_json(rows(3).drop_columns(["user"])), JSON, 400, "lacks column 'user'"),
+        (b'{"rows": []}', JSON, 400, "no rows"),
+        (b'{"rows": [', JSON, 400, "send that, or Arrow"),
+        (b"\x00\x01\x02", ARROW, 400, "not an Arrow IPC stream"),
+        (as_arrow(rows(30))[:700], ARROW, 400, "not an Arrow IPC stream"),
+        (as_arrow(rows(3)), {"content-type": "text/csv"}, 415, "send application/vnd.apache.arrow.stream or"),
+        (as_arrow(rows(21)), ARROW, 413, "21 rows in a post; send at most 20"),
+        (b" " * 20_001, JSON, 413, r"the body is longer than 0.02 MB"),
+    ],
+)
+def test_what_cannot_be_accepted_says_why(root, bell, body, headers, code, words):
+    client = TestClient(build_app({TEACHER: make_intake(root, bell, rows=20, body_mb=0.02)}))
+    answer = client.post(f"/v1/teachers/{TEACHER}/label", content=body, headers=headers)
+    assert answer.status_code == code
+    assert words in answer.json()["detail"]
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert list(Spool(root, TEACHER).waiting()) == []
+    assert bell.rung == []
+
+
+def test_a_post_without_a_good_row_is_refused_with_the_reasons(client, root):
+    table = rows(3).set_column(2, "traffic", pa.array(["x", "y", "z"]))
+    answer = client.post(f"/v1/teachers/{TEACHER}/label", content=as_arrow(table), headers=ARROW)
+    assert answer.status_code == 400
+    assert "no row can be labelled; row 0: unknown traffic" in answer.json()["detail"]
+    assert [reject["row"] for reject in answer.json()["rejects"]] == [0, 1, 2]
+    assert list(Spool(root, TEACHER).waiting()) == []
+
+
+def test_arrow_whose_offsets_point_outside_is_refused(client, root):
+    """A list whose offsets lie: read without a check, it would be another's memory."""
+    body = as_arrow(rows(3).append_column("tags", pa.array([[1], [2], [3]])))
+    offsets = pa.array([0, 1, 2, 3], pa.int32()).buffers()[1].to_pybytes()[:16]
+    assert body.count(offsets) >= 1
+    forged = body.replace(offsets, pa.array([0, 1, 2, 1 << 30], pa.int32()).buffers()[1].to_pybytes()[:16])
+    answer = client.post(f"/v1/teachers/{TEACHER}/label", content=forged, headers=ARROW)
+    assert answer.status_code == 400
+
+
+def test_unknown_teachers_and_tickets_are_not_found(client):
+    answer = client.post("/v1/teachers/nobody/label", content=as_arrow(rows(1)), headers=ARROW)
+    assert (answer.status_code, answer.json()["detail"]) == (404, "no teacher 'nobody' takes rows here; there is fm")
+    for ticket in ("0" * 32, "x", "..%2F..%2Fetc"):
+        assert client.get(f"/v1/labels/{ticket}").status_code == 404
+
+
+def test_too_many_waiting_posts_are_told_to_come_back(root, bell):
+    intake = make_intake(root, bell, queued=2, retry_after_s=7)
+    client = TestClient(build_app({TEACHER: intake}))
+
+    def post():
+        return client.post(f"/v1/teachers/{TEACHER}/label", content=as_arrow(rows(1)), headers=ARROW)
+
+    assert [post().status_code for _ in range(2)] == [202, 202]
+    refused = post()
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "7")
+    assert intake.spool.queued() == 2
+    for ticket, _ in intake.spool.waiting():
+        intake.spool.finish(ticket, V1, 1, 0, 1, 60.0)
+    intake._counted = -10.0  # as if the count's second had passed
+    assert post().status_code == 202
+
+
+def test_nothing_published_is_not_the_clients_fault(tmp_path, bell):
+    client = TestClient(build_app({TEACHER: make_intake(tmp_path, bell)}))
+    answer = client.post(f"/v1/teachers/{TEACHER}/label", content=as_arrow(rows(1)), headers=ARROW)
+    assert answer.status_code == 503
+    assert "is published yet" in answer.json()["detail"]
+
+
+def test_who_may_not_pass_is_asked_before_anything_is_read(root, bell):
+    def authorize(request: Request) -> None:
+        if request.headers.get("authorization") != "Bearer right":
+            raise HTTPException(401, "who are you?")
+
+    client = TestClient(build_app({TEACHER: make_intake(root, bell)}, authorize))
+    for method, path in (("POST", f"/v1/teachers/{TEACHER}/label"), ("GET", "/v1/labels/" + "0" * 32)):
+        assert client.request(method, path, content=as_arrow(rows(1))).status_code == 401
+        assert client.request(method, path, content=b"", headers={"authorization": "Bearer right"}).status_code != 401
+    assert list(Spool(root, TEACHER).waiting()) == []
+
+
+def test_rows_are_accepted_while_redis_is_down(root, bell):
+    """A 202 never depends on the queue; the sweeper rings for what could not be rung."""
+    bell.down = True
+    client = TestClient(build_app({TEACHER: make_intake(root, bell)}))
+    tickets = [
+        client.post(f"/v1/teachers/{TEACHER}/label", content=as_arrow(rows(1)), headers=ARROW).json()["ticket"]
+        for _ in range(3)
+    ]
+    assert [ticket for ticket, _ in Spool(root, TEACHER).waiting()] == sorted(tickets)
+
+
+# The queue, in a real Redis.
+
+
+@pytest.fixture
+def settings(root, redis_server, request):
+    name = "".join(letter for letter in request.node.name if letter.isalnum())[:60]
+    return config(root, run=name, redis=f"redis://{redis_server.address}/0", consumer={"sweep_s": 10.0, "stall_s": 61})
+
+
+@pytest.fixture
+def doorbell(settings):
+    made = Doorbell(settings)
+    yield made
+    made.close()
+
+
+def test_messages_carry_tickets_and_their_time(doorbell):
+    assert doorbell.oldest() is None
+    before = time.time()
+    tickets = [f"ticket{number}" for number in range(3)]
+    for ticket in tickets:
+        doorbell.ring(ticket)
+    assert doorbell.waiting() == 3
+    assert before <= doorbell.oldest() <= time.time()
+
+
+def test_the_sweeper_rings_for_what_was_lost_and_for_nothing_else(settings, doorbell):
+    spool = Spool(settings.root, TEACHER)
+    ticket = queued(spool)
+    now = time.time()
+    assert sweep(spool, doorbell, settings, now + 5) == 0, "its message may be on its way"
+    assert sweep(spool, doorbell, settings, now + 11) == 1, "no message waits: it was lost"
+    assert doorbell.waiting() == 1
+    assert sweep(spool, doorbell, settings, time.time() + 1000) == 0, "its message waits, however long"
+    doorbell._redis.delete(settings.queue)
+    assert sweep(spool, doorbell, settings, time.time() + 11) == 1
+    spool.note(ticket, "delivered")
+    assert sweep(spool, doorbell, settings, time.time() + 1) == 0
+
+
+def test_a_message_that_was_overtaken_is_lost(settings, doorbell):
+    """What was sent before the message that is next, and is not in work, will never come."""
+    spool = Spool(settings.root, TEACHER)
+    lost, waits = queued(spool), queued(spool)
+    doorbell.ring(waits)
+    assert sweep(spool, doorbell, settings, time.time() + 100) == 0, "both may have been sent at the same time"
+    path = spool.folder / "queued" / f"{lost}.arrow"
+    os.utime(path, (time.time() - 60, time.time() - 60))
+    assert sweep(spool, doorbell, settings, time.time() + 100) == 1
+    assert doorbell.waiting() == 2
+
+
+def test_what_only_fails_is_given_up_in_the_end(settings, doorbell):
+    spool = Spool(settings.root, TEACHER)
+    failing, waiting = queued(spool), queued(spool)
+    spool.note(failing, "delivered")
+    spool.note(failing, "failed", why="the service is down", lasting=False)
+    sweep(spool, doorbell, settings, time.time() + settings.consumer.give_up_s - 5)
+    assert spool.status(failing).state == "queued"
+    sweep(spool, doorbell, settings, time.time() + settings.consumer.give_up_s + 5)
+    assert spool.status(failing).state == "dead"
+    assert "the service is down (still, 86400 s after" in spool.status(failing).reason
+    assert spool.status(waiting).state == "queued", "what merely waits has not failed"
+
+
+def test_a_redis_that_restarts_is_found_again(settings, doorbell, redis_server):
+    doorbell.ring("before")
+    redis_server.kill()
+    try:
+        started = time.monotonic()
+        with pytest.raises(CapacityError, match=r"Redis at 127\.0\.0\.1:[0-9]+ does not answer"):
+            doorbell.ring("meanwhile")
+        with pytest.raises(CapacityError, match="does not answer"):
+            doorbell.waiting()
+        assert time.monotonic() - started < 30, "nobody hangs on a dead Redis"
+    finally:
+        redis_server.start()
+    doorbell.ring("after")
+    assert doorbell.waiting() == 2, "the append-only file kept the first"
+
+
+def test_ray_serve_counts_the_same_queue(settings, doorbell):
+    """The name and the address that the autoscaling policy is given lead to our messages."""
+    several = settings.model_copy(
+        update={"consumer": settings.consumer.model_copy(update={"max_replicas": 3, "queue_per_replica": 2})}
+    )
+    options = autoscaling(several)["autoscaling_config"]
+    assert (options.min_replicas, options.max_replicas) == (1, 3)
+    policy = options.policy.get_policy()
+    policy = policy(**options.policy.policy_kwargs) if isinstance(policy, type) else policy
+    for number in range(5):
+        doorbell.ring(f"ticket{number}")
+    context = SimpleNamespace(current_num_replicas=1, total_num_requests=0, config=options)
+
+    async def decide():
+        policy(context)
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+            if policy._queue_length:
+                break
+        return policy(context)
+
+    wanted, state = asyncio.run(decide())
+    assert state == {"queue_length": 5}
+    assert wanted == 2.5, "five messages, two for each consumer"
+    assert autoscaling(settings) == {"num_replicas": 1}
+
+
+# The consumer, without its Ray and its Celery.
+
+
+@pytest.fixture
+def consumer(settings):
+    oracle = Oracle()
+    made = NearLineConsumer(settings.dump(), "none", oracle)
+    made.oracle = oracle
+    yield made
+    made.stop()
+
+
+def test_a_consumer_labels_a_ticket_and_forgets_one_that_is_done(consumer, settings):
+    ticket = queued(consumer.spool, 4)
+    consumer.label(ticket)
+    assert consumer.spool.status(ticket).state == "committed"
+    assert NearLineLabels(settings.root).rows(TEACHER)["example_id"].to_pylist() == [0, 1, 2, 3]
+    consumer.label(ticket)
+    assert consumer.oracle.asked == [4]
+    consumer.check_health()
+
+
+def test_a_ticket_that_keeps_failing_is_a_dead_letter_that_can_be_replayed(consumer, settings):
+    ticket = queued(consumer.spool, 4)
+    consumer.oracle.poison = {2}
+    for _ in range(settings.consumer.retries):
+        with pytest.raises(NotLabelled, match="index out of range"):
+            consumer.label(ticket)
+    consumer.label(ticket)  # the last time: there is nothing to try again
+    status = consumer.spool.status(ticket)
+    assert (status.state, status.reason) == ("dead", "RuntimeError: index out of range")
+    consumer.label(ticket)
+    assert consumer.spool.dead_rows(ticket).table.num_rows == 4
+    consumer.oracle.poison = set()
+    consumer.spool.replay(ticket)
+    consumer.label(ticket)
+    assert consumer.spool.status(ticket).state == "committed"
+    assert NearLineLabels(settings.root).rows(TEACHER).num_rows == 4
+
+
+def test_a_consumer_whose_threads_died_is_not_healthy(settings):
+    consumer = NearLineConsumer(settings.dump(), "none", Oracle())
+    consumer.check_health()
+    consumer._adapter = SimpleNamespace(_worker_thread=SimpleNamespace(is_alive=lambda: False))
+    with pytest.raises(RuntimeError, match="the thread that takes messages is dead"):
+        consumer.check_health()
+    consumer._adapter._worker_thread = SimpleNamespace(is_alive=lambda: True)
+    consumer.check_health()
+    consumer.batcher.stop()
+    with pytest.raises(RuntimeError, match="the thread that labels"):
+        consumer.check_health()
+    consumer.stop()
+
+
+def test_a_consumer_that_gets_nothing_while_messages_wait_is_not_healthy(consumer, monkeypatch):
+    consumer._starved_since = time.monotonic()
+    consumer.check_health()
+    later = time.monotonic() + 62
+    monkeypatch.setattr("rayfm.serving.nearline.consumer.time.monotonic", lambda: later)
+    with pytest.raises(RuntimeError, match="messages wait, and none has come for 61 s"):
+        consumer.check_health()
+    consumer._starved_since = None
+    consumer.check_health()
+
+
+# Configs.
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"redis": "amqp://host"}, "is no Redis; write redis://HOST:PORT/NUMBER"),
+        ({"teacher": "../fm"}, "use letters, digits"),
+        ({"model": "a/b"}, "use letters, digits"),
+        ({"consumer": {"replicas": 3}}, "max_replicas (1) is less than replicas (3)"),
+        ({"consumer": {"stall_s": 10}}, "stall_s (10) is too short for a forward of score_timeout_s (120)"),
+        ({"period": "week"}, "period"),
+        ({"consumers": {}}, "consumers"),
+    ],
+)
+def test_a_wrong_config_names_the_key(tmp_path, changes, words):
+    plain = {"run": "r", "teacher": "fm", "root": str(tmp_path), "model": "fm.teacher.0"} | changes
+    with pytest.raises(ConfigError) as error:
+        validate(NearLineConfig, plain, "near.yaml")
+    assert words in str(error.value)
+
+
+def test_a_config_file_is_read(tmp_path):
+    path = tmp_path / "near.yaml"
+    path.write_text("run: demo\nteacher: fm\nroot: runs/demo\nmodel: fm.teacher.0\nlimits: {rows: 5}\n")
+    loaded = load_nearline(path)
+    assert (loaded.queue, loaded.limits.rows) == ("rayfm-demo-fm-nearline", 5)
+
+
+def test_an_intake_serves_one_run_and_each_teacher_once(tmp_path):
+    one, other = config(tmp_path), config(tmp_path, run="other")
+    for configs in ([one, one], [one, other], []):
+        with pytest.raises(ConfigError, match="each teacher of one run once"):
+            start_intake(configs, 1)
