@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rayfm.snapshots.current import Current, Pointer, Refusal, read_current, readmit, refusals
 from rayfm.snapshots.manifest import SnapshotManifest, check_name, version_id
 from rayfm.snapshots.metadata import (
     Conflict,
@@ -17,15 +18,22 @@ from rayfm.snapshots.metadata import (
     LeaseLost,
     MetadataStore,
     SQLiteMetadataStore,
+    StoreUnavailable,
+    open_metadata,
 )
 
 if TYPE_CHECKING:
     from rayfm.snapshots.collect import Collector
     from rayfm.snapshots.load import SnapshotStore
+    from rayfm.snapshots.loader import Loader, SnapshotFollower
     from rayfm.snapshots.publish import RankFile, SnapshotWriter, TensorSlice
+    from rayfm.snapshots.updater import Updater
 
 _LAZY = {
     "Collector": "collect",
+    "Loader": "loader",
+    "SnapshotFollower": "loader",
+    "Updater": "updater",
     "SnapshotStore": "load",
     "RankFile": "publish",
     "SnapshotWriter": "publish",
@@ -35,18 +43,29 @@ _LAZY = {
 __all__ = [
     "Collector",
     "Conflict",
+    "Current",
     "Entry",
     "Lease",
     "LeaseHeld",
     "LeaseLost",
+    "Loader",
     "MetadataStore",
+    "Pointer",
     "RankFile",
+    "Refusal",
     "SQLiteMetadataStore",
+    "SnapshotFollower",
     "SnapshotManifest",
     "SnapshotStore",
     "SnapshotWriter",
+    "StoreUnavailable",
     "TensorSlice",
+    "Updater",
     "check_name",
+    "open_metadata",
+    "read_current",
+    "readmit",
+    "refusals",
     "version_id",
 ]
 

@@ -14,9 +14,13 @@ import uuid
 from collections.abc import Sequence
 
 from rayfm.config import SnapshotError
+from rayfm.snapshots.current import given_up, read_current
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import MANIFEST, check_name
 from rayfm.snapshots.metadata.base import Conflict, Lease, LeaseLost, MetadataStore
+
+JOB, REPLICA = "job", "replica"
+"""Who holds a version: a job that names it, or a replica that has it in memory."""
 
 
 class Collector:
@@ -33,15 +37,16 @@ class Collector:
             raise SnapshotError(f"keep={keep}: at least the newest version must be kept; give 1 or more")
         self.store, self.metadata, self.keep = store, metadata, keep
 
-    def hold(self, model: str, version: str, owner: str, ttl_s: float) -> Lease:
+    def hold(self, model: str, version: str, owner: str, ttl_s: float, kind: str = JOB) -> Lease:
         """A lease that keeps the version's files for ``ttl_s`` seconds; extend it through the metadata store.
 
-        Any number of holders may hold one version.
+        Any number of holders may hold one version. Replicas keep a version in memory as long as a `JOB` holds it.
 
         Raises:
             SnapshotError: the version does not exist, or is being deleted.
         """
-        lease = self.metadata.acquire(_key("holds", model, version) + f"/{uuid.uuid4().hex}", owner, ttl_s)
+        name = f"{_key('holds', model, version)}/{kind}:{uuid.uuid4().hex}"
+        lease = self.metadata.acquire(name, owner, ttl_s)
         try:
             if self.metadata.get(_key("tombstones", model, version)) is not None:
                 raise SnapshotError(f"snapshot {model}@{version} is being deleted; use a newer version")
@@ -51,9 +56,11 @@ class Collector:
             raise
         return lease
 
-    def holders(self, model: str, version: str) -> Sequence[Lease]:
-        """Living leases on the version."""
-        return self.metadata.leases(_key("holds", model, version) + "/")
+    def holders(self, model: str, version: str, kind: str | None = None) -> Sequence[Lease]:
+        """Living leases on the version, by default of holders of every kind."""
+        prefix = _key("holds", model, version) + "/"
+        found = self.metadata.leases(prefix)
+        return [lease for lease in found if kind is None or lease.name.startswith(f"{prefix}{kind}:")]
 
     def pin(self, model: str, version: str, reason: str) -> None:
         """Keep the version until it is unpinned.
@@ -87,17 +94,23 @@ class Collector:
         return [entry.key.removeprefix(prefix) for entry in self.metadata.list(prefix)]
 
     def expire(self, model: str) -> list[str]:
-        """Tombstone every version that is neither among the newest ``keep``, nor held, nor pinned; deletes no file.
+        """Tombstone every version that is neither current, nor among the newest ``keep``, nor held, nor pinned.
+
+        It deletes no file. Versions that were given up do not count among the newest, and go when newer ones stand.
 
         Any task may call it, at any time, in any number.
 
         Returns:
             The versions tombstoned now.
         """
-        buried, pinned = set(self.tombstones(model)), self.pins(model)
+        buried, pinned, refused = set(self.tombstones(model)), self.pins(model), given_up(self.metadata, model)
         living = [version for version in self.store.versions(model) if version not in buried]
-        expired = []
-        for version in living[: -self.keep]:
+        kept = [version for version in living if version not in refused][-self.keep :]
+        current = self._current(model)
+        expired: list[str] = []
+        for version in living:
+            if not kept or version in kept or version > kept[-1] or version == current:
+                continue
             if version in pinned or self.holders(model, version):
                 continue
             try:
@@ -120,7 +133,8 @@ class Collector:
         for version in self.tombstones(model):
             if self.holders(model, version):
                 continue
-            if version in self.pins(model):  # the pin was set under a lease that was older than the tombstone
+            # A pin that was set, or `current` moved, under a lease that was older than the tombstone.
+            if version in self.pins(model) or version == self._current(model):
                 self._drop(_key("tombstones", model, version))
                 continue
             folder = self.store.folder(model, version)
@@ -143,6 +157,10 @@ class Collector:
                 shutil.rmtree(path)
                 deleted.append(path.name)
         return deleted
+
+    def _current(self, model: str) -> str | None:
+        current = read_current(self.metadata, model)
+        return None if current is None else current.version
 
     def _put(self, key: str, value: str) -> None:
         while True:

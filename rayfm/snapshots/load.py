@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +12,9 @@ from torch import Tensor
 from rayfm.config import SnapshotError
 from rayfm.snapshots.manifest import MANIFEST, SliceRecord, SnapshotManifest, check_name, file_sha256, version_dir
 from rayfm.snapshots.publish import torch_dtype
+
+if TYPE_CHECKING:
+    from rayfm.export.rows import CheckRows
 
 
 class SnapshotStore:
@@ -95,8 +98,28 @@ class SnapshotStore:
         Raises:
             SnapshotError: as `manifest` and `verify`.
         """
-        manifest = self.verify(model, version) if verify else self.manifest(model, version)
+        return self.tensors(self.verify(model, version) if verify else self.manifest(model, version))
+
+    def tensors(self, manifest: SnapshotManifest) -> dict[str, Tensor]:
+        """Every tensor that a manifest names, which may be a draft: read and not compared with its hash.
+
+        Raises:
+            SnapshotError: a file cannot be read.
+        """
         return {name: self._read(manifest, name, None, None, verify=False) for name in manifest.tensors}
+
+    def check_rows(self, model: str, version: str) -> CheckRows | None:
+        """The rows that the version was checked on, with the trained model's logits; None where it has none.
+
+        Raises:
+            SnapshotError: as `manifest` and `verify`.
+        """
+        manifest = self.manifest(model, version)
+        if manifest.check is None or manifest.check.file is None:
+            return None
+        from rayfm.export.rows import CheckRows  # needs torchrec, which takes seconds to import
+
+        return CheckRows.load(self._verify_file(manifest, check_name("file", manifest.check.file)))
 
     def read_slice(
         self,

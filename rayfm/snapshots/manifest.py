@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rayfm.config import Config, SnapshotError
+from rayfm.export.config import ExportCheck
 
 MANIFEST = "manifest.json"
 
@@ -75,7 +76,9 @@ class SnapshotManifest(Config):
     tasks: tuple[str, ...] = ()
     metrics: dict[str, float] = Field(default_factory=dict)
     extra: dict[str, Any] = Field(default_factory=dict)
-    """What an export adds: the calibrator's fit, the numerical check's tolerance and result."""
+    """What a publisher adds."""
+    check: ExportCheck | None = None
+    """How far the exported model was from the trained one, and how far it may be; None where that was not checked."""
 
     tensors: dict[str, TensorRecord]
     files: dict[str, FileRecord]

@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class SnapshotWriter:
             )
         if not held:
             return RankFile(rank=rank, file=None, record=None, tensors={})
-        name, file_record = self._save(rank, held)
+        name, file_record = self.write_file(f"rank-{rank:05d}", lambda path: save_file(held, path))
         named = {
             tensor: value.model_copy(
                 update={"slices": tuple(part.model_copy(update={"file": name}) for part in value.slices)}
@@ -111,16 +111,21 @@ class SnapshotWriter:
         }
         return RankFile(rank=rank, file=name, record=file_record, tensors=named)
 
-    def _save(self, rank: int, held: dict[str, Tensor]) -> tuple[str, FileRecord]:
-        temporary = self.folder / f".rank-{rank:05d}.{uuid.uuid4().hex}.tmp"
+    def write_file(self, prefix: str, save: Callable[[Path], None]) -> tuple[str, FileRecord]:
+        """Write one safetensors file durably, as ``save`` fills it: its name, from its content, and its record.
+
+        Raises:
+            SnapshotError: the folder cannot be written.
+        """
+        temporary = self.folder / f".{prefix}.{uuid.uuid4().hex}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                save_file(held, temporary)
+                save(temporary)
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
                 record = FileRecord(sha256=file_sha256(temporary), bytes=temporary.stat().st_size)
-                name = f"rank-{rank:05d}-{record.sha256[:16]}.safetensors"
+                name = f"{prefix}-{record.sha256[:16]}.safetensors"
                 os.replace(temporary, self.folder / name)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -130,17 +135,17 @@ class SnapshotWriter:
             raise SnapshotError(f"{self.folder}: cannot write ({reason}); free space or fix access") from None
         return name, record
 
-    def commit(self, rank_files: Sequence[RankFile], **meta: Any) -> SnapshotManifest:
-        """Declare the version complete. ``meta``: fields of `SnapshotManifest` (``trained_through``, ``config``, ...).
-
-        Committing equal content again returns the manifest that stands.
+    def draft(
+        self, rank_files: Sequence[RankFile], others: dict[str, FileRecord] | None = None, **meta: Any
+    ) -> SnapshotManifest:
+        """The manifest that `commit` would write, for a look at the version before it stands.
 
         Raises:
-            SnapshotError: slices overlap or leave a gap, ranks disagree on a tensor, a file is missing, or the version
-                stands with other content.
+            SnapshotError: slices overlap or leave a gap, ranks disagree on a tensor, or a file is missing.
         """
         tensors = _tile(self._name(), rank_files)
         files = {part.file: part.record for part in rank_files if part.file is not None and part.record is not None}
+        files |= others or {}
         for name, record in files.items():
             path = self.folder / name
             if not path.exists() or path.stat().st_size != record.bytes:
@@ -154,7 +159,22 @@ class SnapshotWriter:
             **meta,
         )
         # Through JSON, so that what is compared and returned is what a reader will see.
-        manifest = SnapshotManifest.model_validate_json(manifest.model_dump_json())
+        return SnapshotManifest.model_validate_json(manifest.model_dump_json())
+
+    def commit(
+        self, rank_files: Sequence[RankFile], others: dict[str, FileRecord] | None = None, **meta: Any
+    ) -> SnapshotManifest:
+        """Declare the version complete. Committing equal content again returns the manifest that stands.
+
+        Args:
+            rank_files: what each rank wrote.
+            others: further files, from `write_file`.
+            meta: fields of `SnapshotManifest` (``trained_through``, ``config``, ...).
+
+        Raises:
+            SnapshotError: as `draft`; or the version stands with other content.
+        """
+        manifest = self.draft(rank_files, others, **meta)
         standing = self._create(manifest)
         if standing is not None:
             if standing.model_copy(update={"created": manifest.created}) != manifest:

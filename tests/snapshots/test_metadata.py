@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import pickle
@@ -11,7 +10,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-import uuid
 
 import pytest
 
@@ -30,18 +28,9 @@ from rayfm.snapshots.metadata import (
 SPAWN = multiprocessing.get_context("spawn")
 
 
-@pytest.fixture(params=["sqlite", "zookeeper"])
-def url(request, tmp_path) -> str:
-    """Of an empty store."""
-    if request.param == "sqlite":
-        return f"sqlite://{tmp_path}/meta.db"
-    return f"zookeeper://{request.getfixturevalue('zookeeper_server').address}/test/{uuid.uuid4().hex}"
-
-
 @pytest.fixture
-def store(url) -> MetadataStore:
-    with contextlib.closing(open_metadata(url)) as opened:
-        yield opened
+def store(metadata) -> MetadataStore:
+    return metadata
 
 
 def test_values_change_only_from_the_expected_revision(store):

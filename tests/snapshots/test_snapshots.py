@@ -15,7 +15,6 @@ from rayfm.snapshots import (
     RankFile,
     SnapshotStore,
     SnapshotWriter,
-    SQLiteMetadataStore,
     TensorSlice,
     version_id,
 )
@@ -285,10 +284,10 @@ def test_an_unwritable_folder_is_said_plainly(tmp_path):
 
 
 @pytest.fixture
-def collector(tmp_path) -> Collector:
+def collector(tmp_path, metadata) -> Collector:
     for day in range(1, 6):
         publish(tmp_path, "fm", f"2022-05-0{day}-aa", {"w": torch.ones(1)})
-    return Collector(SnapshotStore(tmp_path), SQLiteMetadataStore(tmp_path / "meta.db"), keep=2)
+    return Collector(SnapshotStore(tmp_path), metadata, keep=2)
 
 
 def test_collection_keeps_the_newest_the_held_and_the_pinned(collector):
