@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import pyarrow.parquet as pq
-from pydantic import SecretStr, model_validator
+from pydantic import SecretStr, field_validator, model_validator
 
 from rayfm.config import Config, ConfigError, LabelError, validate
 
@@ -48,22 +48,33 @@ class Storage(Config):
     secret_access_key: SecretStr | None = None
     session_token: SecretStr | None = None
 
+    @field_validator("root")
+    @classmethod
+    def _check_root(cls, root: str) -> str:
+        scheme, separator, _ = root.partition("://")
+        if separator and scheme != "s3":
+            raise ValueError(f"{scheme!r} is no storage; give a folder or s3://bucket/prefix")
+        if separator and not _S3.fullmatch(root):
+            raise ValueError("is not s3://bucket/prefix; correct it")
+        return root
+
+    @field_validator("endpoint")
+    @classmethod
+    def _check_endpoint(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and urlsplit(endpoint).scheme not in ("http", "https"):
+            raise ValueError("is not an http or https URL, such as http://minio:9000")
+        return endpoint
+
     @model_validator(mode="after")
-    def _check(self) -> Storage:
+    def _check_options(self) -> Storage:
+        # ConfigErrors, not ValueErrors: those are reported with all the values, and some of these are secret.
         given = [name for name in _OPTIONS if getattr(self, name) is not None]
-        if self.local:
-            scheme, separator, _ = self.root.partition("://")
-            if separator:
-                raise ValueError(f"root {self.root!r}: {scheme!r} is no storage; give a folder or s3://bucket/prefix")
-            if given:
-                raise ValueError(f"{given[0]!r} is for s3:// roots; the root is the folder {self.root!r}")
-            return self
-        if not _S3.fullmatch(self.root):
-            raise ValueError(f"root {self.root!r} is not s3://bucket/prefix; correct it")
-        if self.endpoint is not None and urlsplit(self.endpoint).scheme not in ("http", "https"):
-            raise ValueError(f"endpoint {self.endpoint!r} is not an http or https URL, such as http://minio:9000")
+        if self.local and given:
+            raise ConfigError(f"label store: {given[0]!r} is for s3:// roots; the root is the folder {self.root!r}")
         if (self.access_key_id is None) != (self.secret_access_key is None):
-            raise ValueError("give access_key_id and secret_access_key together, or neither for the environment's")
+            raise ConfigError(
+                "label store: give access_key_id and secret_access_key together, or neither for the environment's"
+            )
         return self
 
     @classmethod

@@ -1,0 +1,247 @@
+"""The store in a bucket, on moto's S3 server: a real HTTP service with conditional writes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pytest
+from example_store import write_store
+from stored_lanes import LANES, PERIOD, ROWS, TASKS, all_lanes, check_complete, lane_labels, run_job, write
+
+from rayfm.config import ConfigError, LabelError, validate
+from rayfm.labels import (
+    LabelLookup,
+    LabelStore,
+    Retention,
+    Storage,
+    compact,
+    coverage,
+    expire,
+)
+from rayfm.labels.storage import one_line
+from rayfm.snapshots import SQLiteMetadataStore
+
+BUCKET, KEYS = "teachers-labels", {"access_key_id": "an-id", "secret_access_key": "a-secret"}
+SPAWN = multiprocessing.get_context("spawn")
+ENVIRONMENT = (
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    script = Path(__file__).with_name("s3_server.py")
+    server = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        address = f"127.0.0.1:{int(server.stdout.readline())}"
+        system = pyarrow.fs.S3FileSystem(
+            endpoint_override=address, scheme="http", region="us-east-1", access_key="an-id", secret_key="a-secret",
+            allow_bucket_creation=True,
+        )  # fmt: skip
+        system.create_dir(BUCKET)
+        yield f"http://{address}"
+    finally:
+        server.stdin.close()
+        server.wait(30)
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def storage(endpoint, request) -> Storage:
+    return Storage(
+        root=f"s3://{BUCKET}/{request.node.name.replace('[', '-').replace(']', '')}", endpoint=endpoint, **KEYS
+    )
+
+
+@pytest.fixture
+def guarded(storage, tmp_path) -> LabelStore:
+    return LabelStore(storage, SQLiteMetadataStore(tmp_path / "meta.db"))
+
+
+def test_a_job_run_twice_doubles_nothing(storage):
+    first, second = run_job(storage), run_job(storage)
+    assert (first.added, second.added, second.skipped) == (2 * LANES, 0, 2 * LANES)
+    check_complete(storage)
+    store = LabelStore(storage)
+    assert store.labelled_lanes("fm", "2022-04-25-aa", PERIOD) == {(kind, lane) for kind, lane, _ in all_lanes()}
+    record = write(storage, 9)
+    assert store.commit([record], app_id="job", app_version=1).added == 1
+    assert store.commit([write(storage, 10)], app_id="job", app_version=1).added == 0
+
+
+def test_a_look_up_travels_to_another_process_with_its_storage(storage):
+    run_job(storage)
+    lookup = LabelLookup((storage, None), "fm", "2022-04-25-aa", ("click",))
+    with SPAWN.Pool(1) as pool:
+        ids = lane_labels(1)["example_id"].to_numpy()
+        values, mask = pool.apply(lookup.rows, (PERIOD, "impression", 1, 0, ROWS, ids))
+    assert mask.all()
+    np.testing.assert_array_equal(values[:, 0], lane_labels(1)["click"].to_numpy())
+    assert "a-secret" not in repr(storage) + repr(lookup.__getstate__())
+
+
+def race(storage: Storage, start, results) -> None:
+    store = LabelStore(storage)
+    records = [write(storage, lane) for lane in range(LANES)]
+    start.wait()
+    results.put(sum(store.commit([record]).added for record in records))
+
+
+def test_processes_that_commit_at_once_lose_and_double_nothing(storage):
+    """Twins, lane by lane: a put that is not conditional would overwrite the other's commit."""
+    start, results = SPAWN.Barrier(2), SPAWN.Queue()
+    racers = [SPAWN.Process(target=race, args=(storage, start, results)) for _ in range(2)]
+    for racer in racers:
+        racer.start()
+    added = [results.get(timeout=120) for _ in racers]
+    for racer in racers:
+        racer.join(60)
+        assert racer.exitcode == 0
+    assert sum(added) == LANES
+    assert [(part.lane, part.rows) for part in LabelStore(storage).list()] == [(lane, ROWS) for lane in range(LANES)]
+
+
+def test_pins_compaction_expiry_and_vacuum(guarded):
+    storage = guarded.storage
+    run_job(storage, "2022-04-24-aa")
+    run_job(storage, "2022-04-25-aa")
+    pin = pickle.loads(pickle.dumps(guarded.pin("fm", "2022-04-24-aa", "student")))
+    ids = lane_labels(2)["example_id"].to_numpy()
+
+    def read() -> bytes:
+        lookup = LabelLookup(pin, "fm", "2022-04-24-aa", ("click", "watch_time"))
+        values, mask = lookup.rows(PERIOD, "impression", 2, 0, ROWS, ids)
+        assert mask.all()
+        return values.tobytes()
+
+    before = read()
+    (done,) = compact(guarded)
+    assert (done.files_before, done.files_after, done.rows) == (4 * LANES, 2, 4 * LANES * ROWS)
+    check_complete(storage, "2022-04-24-aa")
+    check_complete(storage, "2022-04-25-aa")
+    (kept,) = expire(guarded, Retention(keep_versions=1))
+    assert kept.kept_for == ("student",)
+    expire(guarded, Retention(keep_versions=1), also_pinned=True)
+    assert guarded.vacuum(retention_hours=0) == []
+    assert read() == before
+    guarded.release(pin)
+    assert len(guarded.vacuum(retention_hours=0)) == 4 * LANES + 1
+    check_complete(storage, "2022-04-25-aa")
+    with pytest.raises(LabelError, match="missing label file"):
+        read()
+    with pytest.raises(LabelError, match="they were expired"):
+        guarded.pin("fm", "2022-04-24-aa", "too late")
+
+
+def test_representations(storage):
+    vectors = np.random.default_rng(0).standard_normal((ROWS, 4)).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), 4)
+    store = LabelStore(storage)
+    for lane in range(2):
+        store.commit([write(storage, lane, lane_labels(lane).append_column("representation", column))])
+    compact(store)
+    ids = lane_labels(1)["example_id"].to_numpy()
+    lookup = LabelLookup((storage, None), "fm", "2022-04-25-aa", (), 4)
+    values, mask = lookup.vectors(PERIOD, "impression", 1, 0, ROWS, ids)
+    assert mask.all()
+    assert values.tobytes() == vectors.tobytes()
+
+
+def test_coverage(storage, tmp_path):
+    examples = write_store(tmp_path, [PERIOD], impressions=200, lanes=2)
+    ids = examples.open_lane(PERIOD, "impression", 0).read(["example_id"])["example_id"].to_numpy()
+    labels = pa.table({"example_id": ids, "click": np.full(len(ids), 0.5), "watch_time": np.ones(len(ids))})
+    LabelStore(storage).label("fm", "v", None, PERIOD, [("impression", 0, labels)], TASKS)
+    rows = coverage(LabelStore(storage), examples)
+    assert sum(row.labelled for row in rows) == 100
+    assert sum(row.total for row in rows) == 200
+
+
+def test_keys_and_endpoint_come_from_the_environment(endpoint, storage, monkeypatch):
+    run_job(storage)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
+    check_complete(storage.root)
+    assert run_job(storage.root).added == 0
+    options = Storage(root=storage.root).delta_options()
+    assert options["aws_conditional_put"] == "etag"
+    assert (options["aws_access_key_id"], options["aws_region"], options["aws_allow_http"]) == (
+        "an-id", "us-east-1", "true",
+    )  # fmt: skip
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "a-token")
+    assert Storage(root=storage.root).delta_options()["aws_session_token"] == "a-token"
+    assert Storage(root=storage.root).delta_options()["aws_region"] == "eu-west-1"
+    own = Storage(root=storage.root, region="us-west-2", endpoint="https://s3.example.org", **KEYS).delta_options()
+    assert "aws_session_token" not in own, "keys of two origins are not mixed"
+    assert (own["aws_region"], own["aws_endpoint"]) == ("us-west-2", "https://s3.example.org")
+    assert "aws_allow_http" not in own
+
+
+def test_what_is_not_there_is_one_line(endpoint):
+    empty = LabelStore(Storage(root=f"s3://{BUCKET}/nothing", endpoint=endpoint, **KEYS))
+    assert empty.list() == []
+    assert compact(empty) == []
+    with pytest.raises(LabelError, match="no labels yet"):
+        LabelLookup((empty.storage, None), "fm", "v", ("click",))
+    nowhere = Storage(root="s3://no-such-bucket/labels", endpoint=endpoint, **KEYS)
+    for use in (lambda: LabelStore(nowhere).list(), lambda: write(nowhere)):
+        with pytest.raises(LabelError, match=r"s3://no-such-bucket/labels.*check bucket, endpoint and keys") as found:
+            use()
+        assert len(str(found.value).splitlines()) == 1
+        assert "\x1b" not in str(found.value)
+
+
+def test_a_data_file_that_went_is_noticed(storage):
+    record = write(storage)
+    with pytest.raises(LabelError, match="not what a worker wrote; label the lane again"):
+        LabelStore(storage).commit([record.model_copy(update={"path": record.path.replace("lane", "lame")})])
+    with pytest.raises(LabelError, match="not what a worker wrote"):
+        LabelStore(storage).commit([record.model_copy(update={"bytes": record.bytes + 1})])
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"root": "gs://bucket/x"}, "'gs' is no storage; give a folder or s3://bucket/prefix"),
+        ({"root": "s3://"}, "is not s3://bucket/prefix"),
+        ({"root": "s3://bucket/a b"}, "is not s3://bucket/prefix"),
+        ({"root": "runs/demo", "endpoint": "http://minio:9000"}, "'endpoint' is for s3:// roots"),
+        ({"root": "s3://bucket", "endpoint": "minio:9000"}, "is not an http or https URL"),
+        ({"root": "s3://bucket", "access_key_id": "x"}, "access_key_id and secret_access_key together"),
+        ({"root": "s3://bucket", "acces_key_id": "x"}, "did you mean 'access_key_id'"),
+    ],
+)
+def test_a_storage_that_cannot_be_is_refused(values, complaint):
+    with pytest.raises(ConfigError, match=complaint) as found:
+        validate(Storage, values)
+    assert "'x'" not in str(found.value)
+
+
+def test_a_store_opens_what_is_a_storage_only():
+    with pytest.raises(ConfigError, match=r"label store: .*'ftp' is no storage"):
+        LabelStore("ftp://somewhere")
+    assert Storage(root="s3://bucket/a/b/").table == "s3://bucket/a/b/labels"
+    assert Storage(root="runs/demo").table == "runs/demo/labels"
+
+
+def test_messages_of_clients_become_one_line():
+    page = "\x1b[31mGeneric\x1b[0m S3 error\n  ↳ 404\n<?xml version='1.0'?>\n<Error><Code>NoSuchKey</Code></Error>"
+    assert one_line(page) == "Generic S3 error 404 (NoSuchKey)"
+    assert len(one_line("x" * 1000)) == 300
