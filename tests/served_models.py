@@ -11,6 +11,7 @@ from example_store import every_feature_rows, every_feature_schema
 
 from rayfm.data.encode import Encoder
 from rayfm.models import MODELS, build_model
+from rayfm.serving.teacher import TeacherService
 from rayfm.snapshots.publish import publish
 
 SCHEMA = every_feature_schema()
@@ -70,3 +71,16 @@ def as_examples(user: pa.Table, candidates: pa.Table) -> pa.Table:
     for name in user.column_names:
         table = table.append_column(name, pa.array(user[name].to_pylist() * rows, user.schema.field(name).type))
     return table
+
+
+class LocalTeacher:
+    """A teacher's service in this process, asked like the one on Ray Serve."""
+
+    def __init__(self, root: Path, model: str) -> None:
+        self.service = TeacherService({"root": str(root), "model": model, "poll_s": 60.0})
+
+    async def score(self, rows, version, representation):
+        return await self.service.score_request(rows, version, representation)
+
+    async def version(self):
+        return await self.service.current_version()

