@@ -27,9 +27,11 @@ from rayfm.serving.http.config import LimitsConfig
 from rayfm.serving.http.problems import Problem
 from rayfm.serving.requests import conform_rows
 from rayfm.snapshots.load import SnapshotStore
+from rayfm.snapshots.metadata import open_metadata
 
 if TYPE_CHECKING:
     from rayfm.serving.versions import Follower
+    from rayfm.snapshots.loader import Loader
 
 KEPT_VERSIONS = 2
 """Versions a replica keeps: the one that answers, and the one before for the job that still names it."""
@@ -48,6 +50,9 @@ class TeacherServiceConfig(Config):
     poll_s: float | None = None
     """Seconds between looks for a newer version, which then answers requests that name none. None: Serve's
     ``user_config`` says which does."""
+    metadata: str | None = None
+    """Follow `current` of this metadata store, as a URL, rather than the newest version: with leases, pins and
+    rollbacks. Looks every ``poll_s``, by default every 2 seconds."""
 
 
 @dataclasses.dataclass
@@ -171,7 +176,14 @@ class TeacherService:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayfm-score")
         self._current: str | None = None
         self._follower: Follower | None = None
-        if self.config.poll_s is not None:
+        self._loader: Loader[LoadedVersion] | None = None
+        if self.config.metadata is not None:
+            from rayfm.serving.follow import follow_current
+
+            metadata, poll_s = open_metadata(self.config.metadata), self.config.poll_s or 2.0
+            follower = follow_current(self.store, self.config.model, metadata, poll_s, spare=KEPT_VERSIONS - 1)
+            self._follower, self._loader = follower, follower.loader
+        elif self.config.poll_s is not None:
             from rayfm.serving.versions import NewestFollower
 
             self._follower = NewestFollower(self.store, self.config.model, self.config.poll_s)
@@ -228,22 +240,26 @@ class TeacherService:
     async def _answer(
         self, table: pa.Table, version: str | None, representation: bool, conform_first: bool = False
     ) -> tuple[str, pa.Table]:
-        wanted = version or self._current
+        wanted: str | LoadedVersion | None = version or self._current
         if version is None and self._follower is not None:
-            wanted = self._follower.current().version
+            wanted = self._follower.current()  # kept to the request's end, whatever is swapped meanwhile
         if wanted is None:
             raise ValueError("no version is current; name one")
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._score, table, wanted, representation, conform_first)
 
-    def _score(self, table: pa.Table, version: str, representation: bool, conform_first: bool) -> tuple[str, pa.Table]:
-        loaded = self._load(version)
+    def _score(
+        self, table: pa.Table, wanted: str | LoadedVersion, representation: bool, conform_first: bool
+    ) -> tuple[str, pa.Table]:
+        loaded = wanted if isinstance(wanted, LoadedVersion) else self._load(wanted)
         if conform_first:
             table = conform_rows(loaded.encoder, table)
         predictions = score_table(loaded, table, self.config.predict_rows, representation)
         return loaded.version, check_finite(predictions) if conform_first else predictions
 
     def _load(self, version: str) -> LoadedVersion:
+        if self._loader is not None:
+            return self._loader.get(version)
         if self._follower is not None:
             current = self._follower.current()
             if current.version == version:
