@@ -96,7 +96,7 @@ class Oracle:
 
 def as_json(table: pa.Table) -> bytes:
     """A post's JSON body."""
-    return json.dumps({"rows": table.to_pylist()}).encode()
+    return json.dumps({"rows": table.to_pydict()}).encode()
 
 
 def as_arrow(table: pa.Table) -> bytes:

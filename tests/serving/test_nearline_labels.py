@@ -14,7 +14,7 @@ from rayfm.config import CapacityError, DataError, LabelError, SnapshotError
 from rayfm.serving.nearline.batcher import Batcher
 from rayfm.serving.nearline.labeller import Labeller, is_lasting
 from rayfm.serving.nearline.labels import NearLineLabels
-from rayfm.serving.nearline.rows import Versions, check_post, fitted, period_of, read_json
+from rayfm.serving.nearline.rows import Versions, check_post, fitted, period_of
 from rayfm.serving.nearline.spool import Spool
 from rayfm.serving.nearline.tickets import new_ticket
 from rayfm.snapshots import SnapshotStore
@@ -125,27 +125,6 @@ def test_bad_rows_are_set_apart_with_their_reasons(versions):
 def test_a_column_that_can_never_fit_refuses_the_post(versions, change, message):
     with pytest.raises(DataError, match=message):
         check_post(change(rows(3)), TEACHER, versions.get(V1))
-
-
-def test_json_rows_are_a_table():
-    table = read_json(b'{"rows": [{"example_id": 1, "age": 2.5}, {"example_id": 2, "tags": [3]}]}')
-    assert table.to_pylist() == [
-        {"example_id": 1, "age": 2.5, "tags": None},
-        {"example_id": 2, "age": None, "tags": [3]},
-    ]
-    assert read_json(b'{"rows": []}').num_rows == 0
-    with pytest.raises(DataError, match="row 3: column 'a' holds a value that does not go with the rows before"):
-        read_json(b'{"rows": [{"a": 1}, {"a": 2}, {"a": 3}, {"a": "four"}, {"a": 5}]}')
-    with pytest.raises(DataError, match=r"row 1: column 'a'.*beyond 64 bits"):
-        read_json(b'{"rows": [{"a": 1}, {"a": 99999999999999999999999}]}')
-
-
-@pytest.mark.parametrize(
-    "body", [b"", b"[]", b"{}", b'{"rows": 3}', b'{"rows": {"a": 1}}', b'{"rows": [1]}', b"\xff", b"[" * 100_000]
-)
-def test_what_is_no_rows_is_refused(body):
-    with pytest.raises(DataError, match="send that, or Arrow"):
-        read_json(body)
 
 
 def test_periods_are_days_or_hours_in_utc():

@@ -7,18 +7,22 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
-from fastapi import HTTPException, Request
 from nearline_cases import TEACHER, V1, Oracle, as_arrow, as_json, config, publish_teacher, rows
 from starlette.testclient import TestClient
 
+from rayfm.client.wire import PROBLEM
 from rayfm.config import CapacityError, ConfigError, validate
+from rayfm.serving.http.app import create_app
+from rayfm.serving.http.config import LimitsConfig
+from rayfm.serving.http.token import TokenCheck
 from rayfm.serving.nearline.application import autoscaling, start_intake
 from rayfm.serving.nearline.config import NearLineConfig, load_nearline
 from rayfm.serving.nearline.consumer import NearLineConsumer, NotLabelled
 from rayfm.serving.nearline.doorbell import Doorbell, sweep
 from rayfm.serving.nearline.intake import Intake
+from rayfm.serving.nearline.labeller import take
 from rayfm.serving.nearline.labels import NearLineLabels
-from rayfm.serving.nearline.router import build_app
+from rayfm.serving.nearline.router import build_app, build_router
 from rayfm.serving.nearline.rows import Versions
 from rayfm.serving.nearline.spool import ROW, Spool
 from rayfm.snapshots import SnapshotStore
@@ -82,7 +86,7 @@ def queued(spool: Spool, count: int = 2) -> str:
 # The door.
 
 
-@pytest.mark.parametrize(("encode", "headers"), [(as_arrow, ARROW), (as_json, JSON), (as_arrow, {})])
+@pytest.mark.parametrize(("encode", "headers"), [(as_arrow, ARROW), (as_json, JSON)])
 def test_a_post_is_accepted_with_a_ticket(client, root, bell, encode, headers):
     answer = client.post(f"/v1/teachers/{TEACHER}/label", content=encode(rows(20)), headers=headers)
     assert answer.status_code == 202
@@ -120,13 +124,15 @@ def test_bad_rows_are_listed_and_kept_and_the_others_accepted(client, root):
     ("body", "headers", "code", "words"),
     [
         (as_json(rows(3).drop_columns(["user"])), JSON, 400, "lacks column 'user'"),
-        (b'{"rows": []}', JSON, 400, "no rows"),
-        (b'{"rows": [', JSON, 400, "send that, or Arrow"),
-        (b"\x00\x01\x02", ARROW, 400, "not an Arrow IPC stream"),
-        (as_arrow(rows(30))[:700], ARROW, 400, "not an Arrow IPC stream"),
+        (as_json(rows(0)), JSON, 400, "no rows"),
+        (b'{"rows": [', JSON, 400, "the body is no JSON"),
+        (b'{"rows": [{"age": 1}]}', JSON, 400, '"rows" is no object'),
+        (b'{"rows": {"age": [1, "two"]}}', JSON, 400, "column 'age' of 'rows' mixes types"),
+        (b"\x00\x01\x02", ARROW, 400, "no Arrow IPC stream"),
+        (as_arrow(rows(20))[:700], ARROW, 400, "no Arrow IPC stream"),
         (as_arrow(rows(3)), {"content-type": "text/csv"}, 415, "send application/vnd.apache.arrow.stream or"),
-        (as_arrow(rows(21)), ARROW, 413, "21 rows in a post; send at most 20"),
-        (b" " * 20_001, JSON, 413, r"the body is longer than 0.02 MB"),
+        (as_arrow(rows(21)), ARROW, 413, "more than 20 rows; send fewer at a time"),
+        (b" " * 20_972, JSON, 413, "the body is larger than 20971 bytes"),
     ],
 )
 def test_what_cannot_be_accepted_says_why(root, bell, body, headers, code, words):
@@ -160,7 +166,7 @@ def test_arrow_whose_offsets_point_outside_is_refused(client, root):
 
 def test_unknown_teachers_and_tickets_are_not_found(client):
     answer = client.post("/v1/teachers/nobody/label", content=as_arrow(rows(1)), headers=ARROW)
-    assert (answer.status_code, answer.json()["detail"]) == (404, "no teacher 'nobody' takes rows here; there is fm")
+    assert (answer.status_code, answer.json()["detail"]) == (404, "no teacher of that name takes rows; there is fm")
     for ticket in ("0" * 32, "x", "..%2F..%2Fetc"):
         assert client.get(f"/v1/labels/{ticket}").status_code == 404
 
@@ -182,23 +188,48 @@ def test_too_many_waiting_posts_are_told_to_come_back(root, bell):
     assert post().status_code == 202
 
 
+def test_a_reason_names_no_folder_of_the_server(root, bell, client):
+    intake = make_intake(root, bell)
+    ticket = queued(intake.spool)
+    (intake.spool.folder / "queued" / f"{ticket}.arrow").write_bytes(b"damaged")
+    take(intake.spool, ticket, intake.config)
+    status = client.get(f"/v1/labels/{ticket}").json()
+    assert (status["state"], str(root) in status["reason"]) == ("dead", False)
+    assert "the spooled rows are damaged" in status["reason"]
+
+
 def test_nothing_published_is_not_the_clients_fault(tmp_path, bell):
     client = TestClient(build_app({TEACHER: make_intake(tmp_path, bell)}))
     answer = client.post(f"/v1/teachers/{TEACHER}/label", content=as_arrow(rows(1)), headers=ARROW)
-    assert answer.status_code == 503
-    assert "is published yet" in answer.json()["detail"]
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert "no version of the teacher can label yet" in answer.json()["detail"]
+    assert str(tmp_path) not in answer.text
 
 
-def test_who_may_not_pass_is_asked_before_anything_is_read(root, bell):
-    def authorize(request: Request) -> None:
-        if request.headers.get("authorization") != "Bearer right":
-            raise HTTPException(401, "who are you?")
-
-    client = TestClient(build_app({TEACHER: make_intake(root, bell)}, authorize))
+def test_a_token_is_asked_for_before_anything_is_read(root, bell):
+    token = "a-token-of-enough-length"
+    client = TestClient(build_app({TEACHER: make_intake(root, bell)}, TokenCheck(token)))
+    right = {"authorization": f"Bearer {token}"}
     for method, path in (("POST", f"/v1/teachers/{TEACHER}/label"), ("GET", "/v1/labels/" + "0" * 32)):
-        assert client.request(method, path, content=as_arrow(rows(1))).status_code == 401
-        assert client.request(method, path, content=b"", headers={"authorization": "Bearer right"}).status_code != 401
+        for headers in ({}, {"authorization": "Bearer wrong"}):
+            assert client.request(method, path, content=as_arrow(rows(1)), headers=ARROW | headers).status_code == 401
+        assert client.request(method, path, content=b"", headers=right).status_code in (404, 415)
     assert list(Spool(root, TEACHER).waiting()) == []
+
+
+def test_the_endpoints_stand_beside_those_that_score(root, bell):
+    """In one app, under one guard, in one OpenAPI document."""
+    router = build_router({TEACHER: make_intake(root, bell)})
+    token = "a-token-of-enough-length"
+    app = create_app(None, LimitsConfig(), TokenCheck(token), [router])
+    client = TestClient(app, headers={"authorization": f"Bearer {token}"})
+    answer = client.post(f"/v1/teachers/{TEACHER}/label", content=as_arrow(rows(2)), headers=ARROW)
+    assert answer.status_code == 202
+    assert client.get(answer.headers["location"]).json()["rows"] == 2
+    assert client.post("/v1/teachers/nobody/label", headers=ARROW).headers["content-type"] == PROBLEM
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/v1/teachers/{teacher}/label", "/v1/labels/{ticket}", "/v1/teachers/{teacher}:score"} <= set(paths)
+    assert TestClient(app).get(answer.headers["location"]).status_code == 401
 
 
 def test_rows_are_accepted_while_redis_is_down(root, bell):

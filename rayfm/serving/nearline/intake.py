@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -31,7 +32,7 @@ class Full(CapacityError):
 
 
 class TooLarge(DataError):
-    """A post with more bytes or rows than are taken at once."""
+    """A post with more rows than are taken at once."""
 
 
 class BadRows(DataError):
@@ -134,8 +135,11 @@ class Intake:
         )
 
     def status(self, ticket: str) -> TicketStatus | None:
-        """As `Spool.status`."""
-        return self.spool.status(ticket)
+        """As `Spool.status`; reasons do not name the folders of this machine."""
+        status = self.spool.status(ticket)
+        if status is None or status.reason is None:
+            return status
+        return status.model_copy(update={"reason": status.reason.replace(str(Path(self.config.root)), "")})
 
     def _ring(self, ticket: str) -> None:
         if time.monotonic() < self._quiet_until:

@@ -1,132 +1,179 @@
-"""The HTTP side: ``POST /v1/teachers/{teacher}/label`` and ``GET /v1/labels/{ticket}``."""
+"""The HTTP side: ``POST /v1/teachers/{teacher}/label`` and ``GET /v1/labels/{ticket}``.
+
+Bodies are decoded and checked as the scoring endpoints' are, so the router can stand beside them in one app
+(`rayfm.serving.http.app.create_app`) behind its guard, or in `build_app`'s by itself behind the same guard.
+"""
 
 from __future__ import annotations
 
-import http
-from collections.abc import Callable, Mapping
-from typing import Any
+import json
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-import pyarrow as pa
-from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, FastAPI, Path
+from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
+from rayfm.client.wire import ARROW, JSON, PROBLEM, VERSION_HEADER
 from rayfm.config import CapacityError, DataError, RayfmError, SnapshotError
+from rayfm.serving.http.app import Guard
+from rayfm.serving.http.codecs import Payload, media_of
+from rayfm.serving.http.config import LimitsConfig
+from rayfm.serving.http.problems import Problem, unavailable
+from rayfm.serving.http.token import TokenCheck
 from rayfm.serving.nearline.intake import Accepted, BadRows, Full, Intake, TooLarge
-from rayfm.serving.nearline.rows import read_json
 from rayfm.serving.nearline.tickets import TicketStatus
 
-ARROW = "application/vnd.apache.arrow.stream"
-PROBLEM = "application/problem+json"
-VERSION_HEADER = "x-rayfm-version"
+log = logging.getLogger(__name__)
 
-Authorize = Callable[..., Any]
-"""A FastAPI dependency that raises an HTTP error for a request that may not pass."""
+_RETRY_S = 5.0
+_REFUSALS = {
+    400: "a column is missing, or no row can be labelled; names the column or the row",
+    404: "no such teacher",
+    413: "the body or its rows are beyond the limit",
+    415: "neither Arrow IPC nor JSON",
+    429: "too many posts wait; see Retry-After",
+    503: "nothing can be stored, or no version is published that could label",
+}
 
 
-def build_router(intakes: Mapping[str, Intake], authorize: Authorize | None = None) -> APIRouter:
-    """The near-line endpoints.
+def _problem(words: str) -> dict[str, Any]:
+    properties = {name: {"type": "string"} for name in ("type", "title", "detail")}
+    schema = {
+        "type": "object",
+        "required": ["type", "title", "status", "detail"],
+        "properties": {**properties, "status": {"type": "integer"}, "rejects": {"type": "array"}},
+    }
+    return {"description": words, "content": {PROBLEM: {"schema": schema}}}
+
+
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "Rows in the example store's columns, with example_id and time; as Arrow one IPC stream.",
+        "content": {
+            JSON: {
+                "schema": {
+                    "type": "object",
+                    "required": ["rows"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "rows": {
+                            "type": "object",
+                            "additionalProperties": {"type": "array", "items": {}},
+                            "description": "Column -> a value per row.",
+                        }
+                    },
+                }
+            },
+            ARROW: {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+def build_router(intakes: Mapping[str, Intake]) -> APIRouter:
+    """The near-line endpoints. Token and body limit are the guard's, before which the router stands.
 
     Args:
         intakes: teacher -> where its posts go.
-        authorize: checked before anything of a request is read; None: nobody is asked (loopback only).
     """
-    router = APIRouter(dependencies=[] if authorize is None else [Depends(authorize)], tags=["near-line labels"])
-    refusals: dict[int | str, dict[str, Any]] = {
-        code: {"description": words}
-        for code, words in {
-            400: "a column is missing or no row can be labelled; names the row and the column",
-            404: "no such teacher",
-            413: "body or rows beyond the limit",
-            415: "neither Arrow IPC nor JSON",
-            429: "too many posts wait; see Retry-After",
-            503: "nothing can be stored, or nothing is published that could label",
-        }.items()
-    }
+    router = APIRouter(tags=["near-line labels"])
 
-    @router.post("/v1/teachers/{teacher}/label", status_code=202, response_model=Accepted, responses=refusals)
-    async def post_rows(teacher: str, request: Request) -> JSONResponse:
-        """Accept rows to be labelled: an Arrow IPC stream, or ``{"rows": [{column: value}]}``.
-
-        The answer comes once the good rows are on disk; bad ones are listed, and kept with their reasons.
+    @router.post(
+        "/v1/teachers/{teacher}/label",
+        status_code=202,
+        response_model=Accepted,
+        responses={code: _problem(words) for code, words in _REFUSALS.items()},
+        openapi_extra=_BODY,
+    )
+    async def post_rows(teacher: Annotated[str, Path(description="The teacher's name.")], request: Request) -> Response:
+        """Accept rows to be labelled. The answer comes once the good rows are durable; bad ones are listed, and kept
+        with their reasons.
         """
         intake = intakes.get(teacher)
         if intake is None:
-            return _refused(404, f"no teacher {teacher!r} takes rows here; there is {', '.join(intakes) or 'none'}")
+            raise Problem(404, f"no teacher of that name takes rows; there is {', '.join(intakes) or 'none'}")
         try:
             intake.check_room()
-            media = request.headers.get("content-type", ARROW).partition(";")[0].strip().lower()
-            if media not in (ARROW, "application/json", "application/octet-stream"):
-                return _refused(415, f"content type {media!r}: send {ARROW} or application/json")
-            body = await _body(request, int(intake.config.limits.body_mb * 1e6))
-            accepted = await run_in_threadpool(_accept, intake, body, media == "application/json")
+            media = media_of(request.headers.get("content-type"), request.headers.get("content-encoding"))
+            limits = intake.config.limits
+            payload = Payload(
+                await _body(request, int(limits.body_mb * 2**20)),
+                media,
+                LimitsConfig(max_body_mb=limits.body_mb, max_rows=limits.rows),
+            )
+            accepted = await run_in_threadpool(lambda: intake.accept(payload.rows()))
+        except BadRows as error:
+            body = json.loads(bytes(Problem(400, str(error)).response().body)) | {"rejects": error.rejects}
+            return JSONResponse(body, 400, media_type=PROBLEM)
         except RayfmError as error:
-            return _answer_to(error)
+            raise _problem_of(error) from None
         return JSONResponse(
             accepted.dump(),
             202,
             {"Location": f"/v1/labels/{accepted.ticket}", VERSION_HEADER: accepted.version},
         )
 
-    @router.get("/v1/labels/{ticket}", response_model=TicketStatus, responses={404: {"description": "no such ticket"}})
-    async def get_ticket(ticket: str) -> JSONResponse:
+    @router.get("/v1/labels/{ticket}", response_model=TicketStatus, responses={404: _problem("no such ticket")})
+    async def get_ticket(ticket: Annotated[str, Path(description="What a post was answered with.")]) -> Response:
         """Where a ticket stands: queued, scored, committed, or dead with the reason."""
-        try:
-            for intake in intakes.values():
+        for intake in intakes.values():
+            try:
                 status = await run_in_threadpool(intake.status, ticket)
-                if status is not None:
-                    return JSONResponse(status.dump(), 200, {VERSION_HEADER: status.version})
-        except RayfmError as error:
-            return _answer_to(error, bad=404)
-        return _refused(404, "no such ticket: it was never given, or it has expired")
+            except DataError:  # it has no ticket's form
+                break
+            if status is not None:
+                return JSONResponse(status.dump(), 200, {VERSION_HEADER: status.version})
+        raise Problem(404, "no such ticket: it was never given, or it has expired")
 
     return router
 
 
-def build_app(intakes: Mapping[str, Intake], authorize: Authorize | None = None) -> FastAPI:
-    """An application of the near-line endpoints alone."""
-    app = FastAPI(title="rayfm near-line labels")
-    app.include_router(build_router(intakes, authorize))
+def build_app(intakes: Mapping[str, Intake], token: TokenCheck | None = None) -> FastAPI:
+    """An application of the near-line endpoints alone, behind the guard of the scoring endpoints.
+
+    Args:
+        intakes: teacher -> where its posts go.
+        token: checks bearer tokens; None: nobody is asked (loopback).
+    """
+    app = FastAPI(title="rayfm near-line labels", version="1")
+    app.include_router(build_router(intakes))
+
+    @app.exception_handler(RequestValidationError)
+    async def refused(request: Request, error: RequestValidationError) -> Response:
+        return Problem(400, str(error.errors()[0]["msg"])).response()
+
+    largest = max((intake.config.limits.body_mb for intake in intakes.values()), default=1.0)
+    app.add_middleware(Guard, token=token or TokenCheck(None), limits=LimitsConfig(max_body_mb=largest))
     return app
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """The body, read only as far as it may go. Raises TooLarge beyond ``limit`` bytes."""
+    """The body, read only as far as it may go. Raises Problem (413) beyond ``limit`` bytes."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > limit:
-            raise TooLarge(f"the body is longer than {limit / 1e6:g} MB; send fewer rows at a time")
+            raise Problem(413, f"the body is larger than {limit} bytes; send fewer rows at a time")
         parts.append(part)
     return b"".join(parts)
 
 
-def _accept(intake: Intake, body: bytes, is_json: bool) -> Accepted:
-    return intake.accept(read_json(body) if is_json else _read_arrow(body))
-
-
-def _read_arrow(body: bytes) -> pa.Table:
-    try:
-        table = pa.ipc.open_stream(body).read_all()
-        table.validate(full=True)  # offsets and text from outside are not to be trusted
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"the request is not an Arrow IPC stream ({str(error).splitlines()[0]})") from None
-    return table
-
-
-def _answer_to(error: RayfmError, bad: int = 400) -> JSONResponse:
+def _problem_of(error: RayfmError) -> Problem:
+    """What a client is told: of its own faults the words, of ours no path and no name of a machine."""
     if isinstance(error, Full):
-        return _refused(429, str(error), {"Retry-After": str(error.retry_after_s)})
+        return Problem(429, str(error), {"Retry-After": str(error.retry_after_s)})
     if isinstance(error, TooLarge):
-        return _refused(413, str(error))
-    if isinstance(error, BadRows):
-        return _refused(bad, str(error), rejects=error.rejects)
-    if isinstance(error, (CapacityError, SnapshotError)):
-        return _refused(503, str(error))
-    return _refused(bad, str(error))
-
-
-def _refused(code: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> JSONResponse:
-    """Problem details (RFC 9457)."""
-    body = {"type": "about:blank", "title": http.HTTPStatus(code).phrase, "status": code, "detail": detail, **more}
-    return JSONResponse(body, code, headers, PROBLEM)
+        return Problem(413, str(error))
+    if isinstance(error, DataError):
+        return Problem(400, str(error))
+    log.error("a post was refused: %s", error)
+    if isinstance(error, SnapshotError):
+        return unavailable("no version of the teacher can label yet; try again later", _RETRY_S)
+    if isinstance(error, CapacityError):
+        return unavailable("the rows cannot be stored; nothing was accepted, try again later", _RETRY_S)
+    return unavailable("nothing can be accepted; try again later", _RETRY_S)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import threading
 import time
 from collections import OrderedDict
@@ -108,39 +107,6 @@ class Versions:
         return TeacherVersion(
             version, manifest.trained_through, wanted, tuple(schema.task(name) for name in manifest.tasks)
         )
-
-
-def read_json(body: bytes) -> pa.Table:
-    """The table of ``{"rows": [{column: value, ...}, ...]}``.
-
-    Raises:
-        DataError: it is not that, or a column's values have no common type (naming the row).
-    """
-    try:
-        rows = json.loads(body)["rows"]
-        names = list(dict.fromkeys(name for row in rows for name, _ in row.items()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise DataError('the request is not {"rows": [{"example_id": 1, ...}, ...]}; send that, or Arrow') from None
-    return pa.table({name: _column(name, [row.get(name) for row in rows]) for name in names})
-
-
-def _column(name: str, values: list[Any]) -> pa.Array:
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError, TypeError, ValueError):
-        # Which row is it: the first that makes the values before it no column.
-        good, bad = 0, len(values)
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            try:
-                pa.array(values[:middle])
-                good = middle
-            except (pa.ArrowException, OverflowError, TypeError, ValueError):
-                bad = middle
-        raise DataError(
-            f"row {bad - 1}: column {name!r} holds a value that does not go with the rows before it, or is beyond 64 "
-            "bits; send values of one type"
-        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
