@@ -22,6 +22,7 @@ from rayfm.labels.history import HistoryLookup, HistorySpec
 from rayfm.labels.lane_file import LaneRecord, write_lane_file
 from rayfm.labels.lookup import LabelLookup
 from rayfm.labels.pins import Pin
+from rayfm.labels.storage import Storage
 from rayfm.labels.store import LabelStore
 from rayfm.models.base import MODELS
 from rayfm.models.histories import HistoryFeature
@@ -131,7 +132,7 @@ def label_period(
     kinds: tuple[Kind, ...] = ("impression", "consideration") if considerations else ("impression",)
     lanes = [(kind, lane) for kind in kinds for lane in range(manifest.lanes) if manifest.lane_rows(kind, lane)]
     columns = teacher_columns(schema, config.features)
-    root = str(labels.root)
+    storage = labels.storage
     predicted = [schema.task(task) for task in tasks]
 
     def write(block: pa.Table) -> pa.Table:
@@ -154,7 +155,7 @@ def label_period(
         for kind, lane in part:
             path = str(store.lane_path(period, kind, lane))
             record = write_lane_file(
-                root,
+                storage,
                 teacher=teacher,
                 version=version,
                 trained_through=snapshot.trained_through,
@@ -216,13 +217,13 @@ class StoredLabels:
     """Makes look-ups for training workers, each at a pinned table version.
 
     Args:
-        root: the label store's root.
+        root: the label store's root, as `LabelStore`'s.
         metadata: where pins live.
         owner: who holds the pins.
     """
 
-    def __init__(self, root: str, metadata: MetadataStore | None = None, owner: str = "trainer") -> None:
-        self.root, self.metadata, self.owner = root, metadata, owner
+    def __init__(self, root: str | Storage, metadata: MetadataStore | None = None, owner: str = "trainer") -> None:
+        self.storage, self.metadata, self.owner = Storage.of(root), metadata, owner
 
     def lookup(self, teacher: str, labels: PinnedLabels, tasks: tuple[str, ...]) -> Lookup:
         """Supervision columns ``<teacher>/<task>`` from one version's labels.
@@ -246,8 +247,8 @@ class StoredLabels:
         Raises:
             LabelError: there is no such state, or it was made by another config.
         """
-        return HistoryLookup(self.root, history_spec(history), store, period)
+        return HistoryLookup(self.storage.root, history_spec(history), store, period)
 
     def _pin(self, teacher: str, labels: PinnedLabels) -> Pin:
-        store = LabelStore(self.root, self.metadata)
+        store = LabelStore(self.storage, self.metadata)
         return store.pin(teacher, labels.version, self.owner, PIN_S, labels.table_version)
