@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -149,17 +150,19 @@ def parts_table(what: str) -> Table:
     return table
 
 
-def snapshot_table(run_dir: Path) -> Table:
-    """Published versions of a run."""
+def snapshot_table(run_dir: Path, states: Mapping[tuple[str, str], tuple[str, ...]]) -> Table:
+    """Published versions of a run, with what is said of a (model, version)."""
     from rayfm.snapshots.load import SnapshotStore
 
     store = SnapshotStore(run_dir)
-    table = _table(f"snapshots of {run_dir}", "model", "version", "trained through", "MB")
+    columns = ["model", "version", "trained through", "MB", *(["state"] if states else [])]
+    table = _table(f"snapshots of {run_dir}", *columns)
     for model in store.models():
         for version in store.versions(model):
             manifest = store.manifest(model, version)
             size = sum(file.bytes for file in manifest.files.values()) / 1e6
-            table.add_row(model, version, manifest.trained_through or "-", f"{size:.1f}")
+            row = [model, version, manifest.trained_through or "-", f"{size:.1f}"]
+            table.add_row(*row, *(["; ".join(states.get((model, version), ()))] if states else []))
     return table
 
 

@@ -11,6 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from rayfm.cli import snapshots
+from rayfm.cli.runs import RunFolder, standing
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -20,10 +23,9 @@ app = typer.Typer(
     "the models that serve.",
 )
 config_app = typer.Typer(no_args_is_help=True, help="Inspect and check configurations.")
-snapshots_app = typer.Typer(no_args_is_help=True, help="Published model versions.")
 labels_app = typer.Typer(no_args_is_help=True, help="The label store.")
 app.add_typer(config_app, name="config")
-app.add_typer(snapshots_app, name="snapshots")
+app.add_typer(snapshots.app, name="snapshots")
 app.add_typer(labels_app, name="labels")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The pipeline's YAML file.", show_default=False)]
@@ -35,15 +37,6 @@ Overrides = Annotated[
 ]
 Data = Annotated[str | None, typer.Option("--data", metavar="FOLDER", help="Where the source's logs are.")]
 Periods = Annotated[list[str] | None, typer.Option("--period", help="Only this period (may be given several times).")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, e.g. runs/demo.", show_default=False)]
-
-
-def _standing(run_dir: Path) -> Path:
-    from rayfm.config import ConfigError
-
-    if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir} is not a run's folder; name one, e.g. runs/demo")
-    return run_dir
 
 
 def _load(path: Path, overrides: list[str] | None, data: str | None) -> Any:
@@ -265,36 +258,12 @@ def config_check(config: ConfigFile, set_: Overrides = None, data: Data = None) 
         typer.echo(f"hint: {hint}", err=True)
 
 
-@snapshots_app.command("list")
-def snapshots_list(run_dir: RunFolder) -> None:
-    """List a run's published versions."""
-    from rayfm.cli.display import console, snapshot_table
-
-    console.print(snapshot_table(_standing(run_dir)))
-
-
-@snapshots_app.command("show")
-def snapshots_show(run_dir: RunFolder, model: str, version: Annotated[str | None, typer.Argument()] = None) -> None:
-    """Print a version's manifest (by default the newest version's)."""
-    from rayfm.pipeline.parts import snapshot_manifest
-
-    typer.echo(snapshot_manifest(_standing(run_dir), model, version).model_dump_json(indent=2))
-
-
-@snapshots_app.command("verify")
-def snapshots_verify(run_dir: RunFolder) -> None:
-    """Check every file of every published version against its hash."""
-    from rayfm.pipeline.parts import verify_snapshots
-
-    typer.echo(f"{verify_snapshots(_standing(run_dir))} versions are intact")
-
-
 @labels_app.command("list")
 def labels_list(run_dir: RunFolder) -> None:
     """List a run's labels by teacher, period and version."""
     from rayfm.cli.display import console, labels_table
 
-    console.print(labels_table(_standing(run_dir)))
+    console.print(labels_table(standing(run_dir)))
 
 
 def main() -> None:

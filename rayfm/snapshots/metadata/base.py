@@ -113,6 +113,10 @@ class MetadataStore(Protocol):
         """Living leases below ``prefix`` (as in `list`), sorted by name."""
         ...
 
+    def close(self) -> None:
+        """Let this process's connection go; the next operation makes another."""
+        ...
+
 
 def check_key(key: str) -> str:
     """``key`` if it is a valid key or lease name.

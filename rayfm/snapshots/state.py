@@ -1,0 +1,58 @@
+"""What the metadata store says of each published version, for people."""
+
+from __future__ import annotations
+
+from rayfm.snapshots.collect import Collector
+from rayfm.snapshots.current import TRIES, read_current, refusals
+
+
+def states(collector: Collector, model: str) -> dict[str, tuple[str, ...]]:
+    """Version -> what is said of it; versions of which nothing is said are left out."""
+    metadata = collector.metadata
+    said: dict[str, list[str]] = {}
+
+    def say(version: str, words: str) -> None:
+        said.setdefault(version, []).append(words)
+
+    current = read_current(metadata, model)
+    versions = collector.store.versions(model)
+    if current is not None:
+        say(current.version, "current, pinned" if current.pinned else "current")
+        for version in versions:
+            if current.version < version <= current.barred:
+                say(version, "rolled back")
+        if current.version not in versions:
+            say(current.version, "files missing")
+    for version, refusal in refusals(metadata, model).items():
+        say(version, "refused" if refusal.tries >= TRIES else f"failed {refusal.tries} of {TRIES} tries")
+    for version in collector.tombstones(model):
+        say(version, "being deleted")
+    for version in collector.pins(model):
+        say(version, "kept")
+    for version in versions:
+        holders = len(collector.holders(model, version))
+        if holders:
+            say(version, f"held by {holders}")
+    return {version: tuple(words) for version, words in sorted(said.items())}
+
+
+def details(collector: Collector, model: str, version: str) -> list[str]:
+    """Lines on one version: who made it current and why, who holds it until when, why it was refused."""
+    metadata = collector.metadata
+    lines = []
+    current = read_current(metadata, model)
+    if current is not None and current.version == version:
+        pinned = ", pinned" if current.pinned else ""
+        lines.append(f"current{pinned}, by {current.by}: {current.reason}")
+    elif current is not None:
+        barred = f" (versions up to {current.barred} are barred)" if current.version < version <= current.barred else ""
+        lines.append(f"not current: {current.version} is{barred}")
+    if version in (refused := refusals(metadata, model)):
+        refusal = refused[version]
+        lines.append(f"refused {refusal.tries} of {TRIES} times, last by {refusal.by}: {refusal.reason}")
+    if version in (kept := collector.pins(model)):
+        lines.append(f"kept: {kept[version]}")
+    if version in collector.tombstones(model):
+        lines.append("being deleted")
+    lines += [f"held by {lease.owner} (lease {lease.token})" for lease in collector.holders(model, version)]
+    return lines
