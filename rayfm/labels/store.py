@@ -300,29 +300,37 @@ class LabelStore:
         if self.metadata is not None:
             lease = pins.take(self.metadata, number, teacher, version, owner, ttl_s)
         try:
-            if not any(True for _ in self._of_version(table, teacher, version)):
-                raise self._absent(table, teacher, version)
+            self.check_stored(table, teacher, version)
         except BaseException:
             if self.metadata is not None and lease is not None:
                 self.metadata.release(lease)
             raise
         return Pin(self.storage, number, teacher, version, lease)
 
-    def _absent(self, table: DeltaTable, teacher: str, version: str) -> LabelError:
-        """The error about a teacher version of which a table version has no labels: what happened, what there is."""
-        where = f"{self.storage.table}: no labels of {teacher}@{version} in version {table.version()} of the table"
-        stored = self._stored(table)
-        teachers = sorted({part.teacher for part in stored})
-        if teacher not in teachers:
-            return LabelError(f"{where}: unknown teacher{nearest(teacher, teachers)}")
+    def check_stored(self, table: DeltaTable, teacher: str, version: str, period: str | None = None) -> None:
+        """Refuse a teacher version of which a version of the table has no labels (of a period).
+
+        Raises:
+            LabelError: saying what became of them, what there is, and what to do.
+        """
+        if any(True for _ in self._of_version(table, teacher, version, period)):
+            return
+        where = f"{self.storage.table}: no labels of {teacher}@{version}"
+        stored = self._stored(table, teacher)
+        periods = sorted({part.period for part in stored if part.version == version})
+        if periods:
+            raise LabelError(f"{where} for period {period}; it has labelled {_newest(periods)}")
+        where += f" in version {table.version()} of the table"
+        if not stored:
+            teachers = sorted({file.teacher for file in label_files(table)})
+            raise LabelError(f"{where}: unknown teacher{nearest(teacher, teachers)}")
         newest = self.open()
         if newest is not None and any(True for _ in self._of_version(newest, teacher, version)):
-            return LabelError(f"{where}: they came later; pin version {newest.version()}")
+            raise LabelError(f"{where}: they came later; pin version {newest.version()}")
         gone = newest is not None and was_expired(newest, teacher, version)
-        have = ", ".join(sorted({part.version for part in stored if part.teacher == teacher})[-3:])
-        why = "they were expired" if gone else "it never labelled"
-        return LabelError(
-            f"{where}: {why}; its newest versions: {have}; ask for one of them, or label with {version} again"
+        raise LabelError(
+            f"{where}: {'they were expired' if gone else 'it never labelled'}; its newest versions: "
+            f"{_newest(sorted({part.version for part in stored}))}; ask for one of them, or label with {version} again"
         )
 
     def extend(self, pin: Pin, ttl_s: float = 3600.0) -> Pin:
@@ -377,3 +385,8 @@ class LabelStore:
                 f"{self.storage.table}: {what} needs the metadata store that holds the pins; open the store with one"
             )
         return self.metadata
+
+
+def _newest(names: Sequence[str]) -> str:
+    """The last three of sorted names."""
+    return ", ".join(names[-3:])
