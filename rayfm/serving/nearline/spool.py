@@ -218,6 +218,16 @@ class Spool:
             )
         return found
 
+    def export(self, ticket: str, path: Path) -> None:
+        """Copy a dead letter's rows to a file of their own. Raises DataError where there is none, CapacityError where
+        the file cannot be written."""
+        source = self._dead_paths(check_ticket(ticket))[0]
+        try:
+            data = source.read_bytes()
+        except FileNotFoundError:
+            raise _no_letter(ticket, self.teacher) from None
+        write_durably(path, lambda file: file.write(data))
+
     def replay(self, ticket: str, version: str | None = None) -> None:
         """Queue a dead letter anew, with a clean journal.
 
@@ -367,6 +377,10 @@ class Spool:
                 writer.write_table(table)
 
         write_durably(path, write)
+
+
+def _no_letter(ticket: str, teacher: str) -> DataError:
+    return DataError(f"{ticket} is no dead letter of teacher {teacher!r}; see `rayfm nearline dead-letters`")
 
 
 def _labelled(table: pa.Table, ticket: str, version: str, rejected: int) -> pa.Table:

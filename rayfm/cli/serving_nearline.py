@@ -1,0 +1,37 @@
+"""What ``rayfm nearline serve`` starts, in its order: the door, the teacher's service, the consumers."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+from rayfm.cli.display import console
+from rayfm.pipeline.config import RayConfig
+from rayfm.pipeline.session import ray_session
+from rayfm.serving.application import start_teacher, stop_teacher
+from rayfm.serving.nearline.application import start_consumers, start_intake, stop_nearline
+from rayfm.serving.nearline.config import NearLineConfig
+from rayfm.serving.nearline.rows import Versions
+from rayfm.serving.teacher import TeacherServiceConfig
+from rayfm.snapshots.load import SnapshotStore
+
+
+def serve_until_stopped(config: NearLineConfig, port: int, address: str | None = None) -> None:
+    """Serve until the process is interrupted or terminated.
+
+    Raises:
+        SnapshotError: nothing is published that could label.
+        CapacityError: the port is in use, or no cluster answers at the address.
+    """
+    version = Versions(SnapshotStore(config.root), config.model, config.version).current().version
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    with ray_session(RayConfig(address=address)):
+        url = start_intake([config], port)
+        start_teacher(config.run, config.teacher, TeacherServiceConfig(root=config.root, model=config.model))
+        start_consumers(config)
+        console.print(f"labelling with {config.model}@{version}: POST {url}/v1/teachers/{config.teacher}/label")
+        stopped.wait()
+        stop_nearline(config)
+        stop_teacher(config.run, config.teacher)
