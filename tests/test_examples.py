@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from rayfm.augment.config import load_augment
+from rayfm.augment.join import FeedbackJoin
+from rayfm.augment.random_logs import write_random_logs
 from rayfm.config import read_yaml, validate
 from rayfm.pipeline.config import load_config
 from rayfm.pipeline.plan import student_specs, teacher_spec
@@ -13,16 +16,16 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))
 PIPELINES = [path for path in FILES if "students" in read_yaml(path)]
 SCHEMAS = [path for path in FILES if set(read_yaml(path)) <= set(Schema.model_fields)]
+JOINS = [path for path in FILES if "impressions" in read_yaml(path)]
 
 
 def name(path: Path) -> str:
     return path.name
 
 
-def test_every_example_is_a_pipeline_or_a_schema():
+def test_every_example_is_a_pipeline_a_schema_or_a_join():
     assert FILES
-    assert set(PIPELINES) | set(SCHEMAS) == set(FILES)
-    assert not set(PIPELINES) & set(SCHEMAS)
+    assert sorted([*PIPELINES, *SCHEMAS, *JOINS]) == FILES
 
 
 @pytest.mark.parametrize("path", SCHEMAS, ids=name)
@@ -83,3 +86,16 @@ def test_a_schema_that_a_pipeline_repeats_is_the_same(path):
     assert belonging
     for config in belonging:
         assert config.schema_ == schema, config.name
+
+
+@pytest.mark.parametrize("path", JOINS, ids=name)
+def test_joins_run_on_random_logs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_augment(path, ["random_logs.hours=30", "random_logs.impressions_per_hour=20"])
+    assert write_random_logs(config)
+    assert not write_random_logs(config)
+    with FeedbackJoin(config) as join:
+        lines = []
+        join.run(watch=lines.append)
+        assert sum(line["joined"] for line in lines) > 0
+        assert sum(line["bad"] for line in lines) == 0

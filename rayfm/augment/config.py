@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from pathlib import Path
 from typing import Annotated, Literal
@@ -144,10 +145,23 @@ class JoinConfig(Config):
         return self
 
 
+class RandomLogsConfig(Config):
+    """Random logs to try a join on."""
+
+    seed: int = 0
+    start: datetime.datetime = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
+    hours: int = Field(48, gt=0, le=24 * 365)
+    impressions_per_hour: int = Field(500, gt=0)
+
+
 class AugmentConfig(JoinConfig):
     """The file of ``rayfm augment``: a join, and the teachers that label what it writes."""
 
     labelling: LabellingConfig | None = None
+    """Teachers that score each labelled example once, and the students that share them."""
+
+    random_logs: RandomLogsConfig | None = None
+    """Write random logs to the streams' paths if nothing is there: to try a config without logs."""
 
     @model_validator(mode="after")
     def _views_fit(self) -> AugmentConfig:

@@ -27,7 +27,7 @@ from rayfm.schema import EXAMPLE_ID, TIME
 COMPACT_ROWS = 65_536
 """Segments are written anew when they hold more than twice the rows that are needed, and this many beside."""
 
-_FREE = ("batch_rows", "max_state_rows", "root", "labelling")
+_FREE = ("batch_rows", "max_state_rows", "root", "labelling", "random_logs")
 """Keys that may change between two runs of a join; so may the streams' paths."""
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rayfm.cli import snapshots
+from rayfm.cli.augment import augment
 from rayfm.cli.runs import RunFolder, standing
 
 app = typer.Typer(
@@ -105,6 +106,9 @@ def label(
     from rayfm.pipeline.parts import label as label_periods
 
     console.print(label_table(label_periods(_load(config, set_, data), teacher, period)))
+
+
+app.command()(augment)
 
 
 @app.command()
