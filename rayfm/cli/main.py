@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rayfm.cli import snapshots
+from rayfm.cli import nearline, snapshots
 from rayfm.cli.augment import augment
 from rayfm.cli.runs import RunFolder, standing
 
@@ -28,6 +28,7 @@ labels_app = typer.Typer(no_args_is_help=True, help="The label store.")
 app.add_typer(config_app, name="config")
 app.add_typer(snapshots.app, name="snapshots")
 app.add_typer(labels_app, name="labels")
+app.add_typer(nearline.app, name="nearline")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The pipeline's YAML file.", show_default=False)]
 Overrides = Annotated[
