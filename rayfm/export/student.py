@@ -55,6 +55,7 @@ class ExportedStudent:
         form: what the part behind the look-ups runs as.
         results: form -> what became of it.
         tasks: the model's tasks.
+        model: the model behind the look-ups, in fp32; its embeddings read no batch any more.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class ExportedStudent:
     ) -> None:
         self._lookups, self._part, self._predict = lookups, part, predict
         self.form, self.results = form, results
-        self.tasks = part.tasks
+        self.tasks, self.model = part.tasks, part.served.model
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions, each float32 ``[B]``.
@@ -75,10 +76,10 @@ class ExportedStudent:
         with torch.inference_mode():
             return dict(zip(self.tasks, self._predict(*self._lookups(batch)), strict=True))
 
-    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What the look-ups give for a batch: the inputs of the part that is compiled."""
+    def predict(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """As `ServedModel.predict`: predictions, and the representation ``[B, H]``, both in fp32 whatever the form."""
         with torch.inference_mode():
-            return self._lookups(batch)
+            return self._part.served.predict(self._part.values(self._lookups(batch)))
 
     def vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """User and item vectors of a two-tower, each float32 ``[B, V]``, in fp32 whatever the form.
@@ -86,22 +87,11 @@ class ExportedStudent:
         Raises:
             ConfigError: the model is none.
         """
-        model = self.model
+        if not isinstance(self.model, TwoTower):
+            raise ConfigError(f"a model of type {vars(self.model.config)['type']!r} has no towers; take a two_tower")
         with torch.inference_mode():
-            user_BV, item_BV = model.vectors(self._part.values(self._lookups(batch)))
+            user_BV, item_BV = self.model.vectors(self._part.values(self._lookups(batch)))
         return user_BV, item_BV
-
-    @property
-    def model(self) -> TwoTower:
-        """The two-tower behind the look-ups.
-
-        Raises:
-            ConfigError: the model is none.
-        """
-        model = self._part.served.model
-        if not isinstance(model, TwoTower):
-            raise ConfigError(f"a model of type {vars(model.config)['type']!r} has no towers; it must be a two_tower")
-        return model
 
 
 def export_student(

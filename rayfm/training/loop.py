@@ -27,10 +27,11 @@ from rayfm.metrics import MetricState, RateCounter, bootstrap_weights
 from rayfm.models.histories import HistoryFeature
 from rayfm.schema import LOGGED_PREFIX
 from rayfm.snapshots.load import SnapshotStore
-from rayfm.snapshots.manifest import version_id
+from rayfm.snapshots.manifest import FileRecord, version_id
 from rayfm.snapshots.publish import SnapshotWriter, TensorSlice
 from rayfm.training.calibration import Calibration, start_calibration
 from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, world_device
+from rayfm.training.export_check import CHECKED_ROWS, check_draft, trained_rows
 from rayfm.training.learner import Learner
 from rayfm.training.lost_labels import lose_labels
 from rayfm.training.spec import Coordinator, LabelSource, PinnedLabels, TrainerSpec
@@ -372,12 +373,21 @@ class TrainingLoop:
             # What a run that stopped right after publishing left is these very weights, perhaps in other slices.
             store = SnapshotStore(self.spec.run_dir)
             missing = self._agree(lambda: [key for key in keys if versions[key] not in store.versions(key)])
+            batch = self._rows_to_check(period) if missing else None
             for learner in self.learners:
                 if learner.config.key in missing:
-                    self._publish_learner(learner, versions[learner.config.key], period)
+                    self._publish_learner(learner, versions[learner.config.key], period, batch)
         return versions
 
-    def _publish_learner(self, learner: Learner, version: str, period: str) -> None:
+    def _rows_to_check(self, period: str) -> Batch | None:
+        """The period's first rows, the same on every rank; None where exports are not checked."""
+        if self.spec.role != "students" or self.spec.export_tolerance is None:
+            return None
+        lanes = self.store.manifest(period).lanes
+        plan, encoder = self._plan(period, (), {}, max(1, CHECKED_ROWS // lanes) * lanes, 0.0)
+        return next(iter(ArrowReader(plan, encoder, 0, 1).batches(period)), None)
+
+    def _publish_learner(self, learner: Learner, version: str, period: str, batch: Batch | None) -> None:
         config = learner.config
         writer = SnapshotWriter(Path(self.spec.run_dir), config.key, version)
         slices = list(learner.slices())
@@ -388,14 +398,21 @@ class TrainingLoop:
         if self.world > 1:
             files = [None] * self.world
             dist.all_gather_object(files, mine)
+        rows = trained_rows(learner, batch) if batch is not None else None
         if self.rank == 0:
-            writer.commit(
-                files,
-                trained_through=period,
-                config=config.model.dump(),
-                example_schema=self.spec.schema_.dump(),
-                tasks=config.tasks,
-            )
+            meta: dict[str, Any] = {
+                "trained_through": period,
+                "config": config.model.dump(),
+                "example_schema": self.spec.schema_.dump(),
+                "tasks": config.tasks,
+            }
+            others: dict[str, FileRecord] = {}
+            if rows is not None and self.spec.export_tolerance is not None:
+                check, others = check_draft(
+                    writer, writer.draft(files, **meta), learner, rows, self.spec.export_tolerance
+                )
+                meta["check"] = check
+            writer.commit(files, others, **meta)
         self._barrier()
 
     def _calibrator_slices(self, learner: Learner) -> list[TensorSlice]:

@@ -8,6 +8,7 @@ from typing import Protocol
 from rayfm.config import Config
 from rayfm.data.steps import Lookup, RepresentationLookup
 from rayfm.data.store import ExampleStore
+from rayfm.export.config import Tolerance
 from rayfm.models.histories import HistoryFeature
 from rayfm.schema import Schema
 from rayfm.training.config import TrainingConfig
@@ -32,6 +33,9 @@ class TrainerSpec(Config):
     """Index of the first period that is predicted before it is trained on."""
     publish: bool = True
     """Whether each trained period is published."""
+    export_tolerance: Tolerance | None = Tolerance()
+    """How far the exported form of a student may be from what was trained; a version beyond it is not published. None:
+    students are published unchecked."""
     store: str
     """Root of the example store."""
     run_dir: str
