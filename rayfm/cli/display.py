@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -163,19 +162,6 @@ def snapshot_table(run_dir: Path, states: Mapping[tuple[str, str], tuple[str, ..
             size = sum(file.bytes for file in manifest.files.values()) / 1e6
             row = [model, version, manifest.trained_through or "-", f"{size:.1f}"]
             table.add_row(*row, *(["; ".join(states.get((model, version), ()))] if states else []))
-    return table
-
-
-def labels_table(run_dir: Path) -> Table:
-    """Labels of a run."""
-    from rayfm.labels.store import LabelStore
-
-    table = _table(f"labels of {run_dir}", "teacher", "period", "version", "rows")
-    rows: Counter[tuple[str, str, str]] = Counter()
-    for part in LabelStore(run_dir).list():
-        rows[part.teacher, part.period, part.version] += part.rows
-    for names, count in rows.items():
-        table.add_row(*names, f"{count:,}")
     return table
 
 

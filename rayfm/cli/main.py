@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from rayfm.cli import nearline, snapshots
+from rayfm.cli import labels, nearline, snapshots
 from rayfm.cli.augment import augment
-from rayfm.cli.runs import RunFolder, standing
+from rayfm.cli.runs import RunFolder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,10 +24,9 @@ app = typer.Typer(
     "the models that serve.",
 )
 config_app = typer.Typer(no_args_is_help=True, help="Inspect and check configurations.")
-labels_app = typer.Typer(no_args_is_help=True, help="The label store.")
 app.add_typer(config_app, name="config")
 app.add_typer(snapshots.app, name="snapshots")
-app.add_typer(labels_app, name="labels")
+app.add_typer(labels.app, name="labels")
 app.add_typer(nearline.app, name="nearline")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The pipeline's YAML file.", show_default=False)]
@@ -261,14 +260,6 @@ def config_check(config: ConfigFile, set_: Overrides = None, data: Data = None) 
     typer.echo(yaml.safe_dump(loaded.dump(), sort_keys=False, width=120))
     for hint in hints(loaded):
         typer.echo(f"hint: {hint}", err=True)
-
-
-@labels_app.command("list")
-def labels_list(run_dir: RunFolder) -> None:
-    """List a run's labels by teacher, period and version."""
-    from rayfm.cli.display import console, labels_table
-
-    console.print(labels_table(standing(run_dir)))
 
 
 def main() -> None:

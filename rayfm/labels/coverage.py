@@ -83,7 +83,7 @@ def coverage(
         if file.may_hold(version):
             by_period.setdefault(file.period, []).append(file)
     rows = []
-    for name, files in by_period.items():
+    for name, files in sorted(by_period.items()):
         labelled = _labelled(store, files, version, counted, every=tasks is not None)
         counts: dict[tuple[str, str, str, str], list[int]] = {}
         for kind, lane, ids, traffics, codes in _lanes(examples, name):
