@@ -128,6 +128,22 @@ def evaluate(
 
 
 @app.command()
+def serve(
+    config: ConfigFile,
+    production: Annotated[
+        bool, typer.Option("--production", help="Behind Ray Serve's HAProxy; needs a token and a firewall.")
+    ] = False,
+    set_: Overrides = None,
+    data: Data = None,
+) -> None:
+    """Serve a run's teachers and students over HTTP and gRPC, until stopped."""
+    loaded = _load(config, set_, data)
+    from rayfm.cli.serve import serve_and_show
+
+    serve_and_show(loaded, production)
+
+
+@app.command()
 def tune(
     config: ConfigFile,
     param: Annotated[
@@ -223,6 +239,21 @@ def reproduce(
     from rayfm.cli.reproduced import reproduce_and_show
 
     reproduce_and_show(table, source, data, quick, seeds, folder)
+
+
+@app.command()
+def simulate(
+    experiment: Annotated[
+        list[str] | None, typer.Argument(help="one-stage, two-stage, heads, adapter; by default all.")
+    ] = None,
+    folder: Annotated[Path, typer.Option("--folder", help="Where figures go.")] = Path("runs/theory"),
+    quick: Annotated[bool, typer.Option("--quick", help="Few repetitions: wide intervals.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+) -> None:
+    """Simulate what the papers prove: bias of a cascade, heads and adapters, beside closed forms."""
+    from rayfm.cli.theory import simulate_and_show
+
+    simulate_and_show(experiment or [], folder, quick, seed)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""What the papers prove or simulate about bias and staleness, as numerical experiments beside their closed forms."""
