@@ -11,6 +11,7 @@ import difflib
 import importlib
 import importlib.metadata
 import pkgutil
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -20,6 +21,9 @@ from pydantic_core import core_schema
 from rayfm.config.base import Config
 
 PartT = TypeVar("PartT", bound=type)
+
+_LOADING = threading.RLock()
+"""Of the module, as registries are copied and pickled with what refers to them."""
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -44,7 +48,7 @@ class Registry:
         self.kind = kind
         self._packages = packages
         self._parts: dict[str, Any] = {}
-        self._loaded = False
+        self._loaded = self._loading = False
 
     def register(self, name: str) -> Callable[[PartT], PartT]:
         """Class decorator. The class must have a nested ``Config`` with ``type: Literal[name] = name``."""
@@ -60,13 +64,21 @@ class Registry:
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
-        for package in self._packages:
-            module = importlib.import_module(package)
-            for info in pkgutil.iter_modules(getattr(module, "__path__", []), f"{package}."):
-                importlib.import_module(info.name)
-        for plugin in importlib.metadata.entry_points(group=f"rayfm.{self.kind}"):
-            plugin.load()
+        # A second thread waits until all are there; the thread that loads may look something up meanwhile.
+        with _LOADING:
+            if self._loading or self._loaded:
+                return
+            self._loading = True
+            try:
+                for package in self._packages:
+                    module = importlib.import_module(package)
+                    for info in pkgutil.iter_modules(getattr(module, "__path__", []), f"{package}."):
+                        importlib.import_module(info.name)
+                for plugin in importlib.metadata.entry_points(group=f"rayfm.{self.kind}"):
+                    plugin.load()
+                self._loaded = True
+            finally:
+                self._loading = False
 
     def __iter__(self) -> Iterator[str]:
         self._load()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal
 
 import jsonschema
@@ -106,3 +108,18 @@ def test_an_annotated_field_takes_any_part_and_its_json_schema_says_so():
         jsonschema.validate({"type": "plug", "metres": 4.0}, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"type": "socket"}, schema)
+
+
+def test_threads_that_look_up_while_the_packages_load_wait_for_them(tmp_path, monkeypatch):
+    package = tmp_path / "rayfm_slow_parts"
+    package.mkdir()
+    (package / "__init__.py").write_text("from rayfm.config import Registry\nPARTS = Registry('part', __name__)\n")
+    (package / "one.py").write_text(
+        "import time\nfrom rayfm_slow_parts import PARTS\nassert not list(PARTS)\ntime.sleep(0.2)\n"
+        "@PARTS.register('one')\nclass One:\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    parts = importlib.import_module("rayfm_slow_parts").PARTS
+    with ThreadPoolExecutor(4) as pool:
+        found = [future.result() for future in [pool.submit(list, parts) for _ in range(4)]]
+    assert found == [["one"]] * 4
