@@ -4,7 +4,7 @@
 * Every relative link and every anchor leads somewhere.
 * Every ``rayfm ...`` command parses; the config that it names, with its ``--set``, is valid.
 * Every YAML block is a valid config, or a part of one: a part is put in place of the same keys of the first whole
-  config of configuration.md.
+  config of configuration.md, or, on the page on augmentation, of examples/feedback_join.yaml.
 * Every call of a ``rayfm.<function>`` in a Python block fits the function's signature.
 
 A word in capitals (CONFIG, FOLDER) in a command is a placeholder.
@@ -32,7 +32,8 @@ if str(DOCS) not in sys.path:
 
 import generate  # noqa: E402  (it stands beside this file)
 
-from rayfm.config import RayfmError, validate  # noqa: E402
+from rayfm.augment.config import AugmentConfig, load_augment  # noqa: E402
+from rayfm.config import RayfmError, read_yaml, validate  # noqa: E402
 from rayfm.pipeline.config import PipelineConfig, load_config  # noqa: E402
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
@@ -76,6 +77,9 @@ def check_reference() -> Iterator[str]:
     text = generate.PAGE.read_text()
     if generate.page(text) != text:
         yield "docs/configuration.md: the reference is not what the config classes say; run python docs/generate.py"
+    text = generate.AUGMENT_PAGE.read_text()
+    if generate.page(text, generate.augment_reference) != text:
+        yield "docs/augmentation.md: the reference is not what the config classes say; run python docs/generate.py"
 
 
 def check_links(page: Path) -> Iterator[str]:
@@ -130,6 +134,9 @@ def check_command(page: Path, command: str) -> Iterator[str]:
         return
     sets = [item for item in context.params.get("set_") or [] if not item.isupper()]
     try:
+        if context.info_name == "augment":
+            load_augment(ROOT / str(config), sets)
+            return
         load_config(ROOT / str(config), sets, context.params.get("data"))
     except RayfmError as error:
         yield f"{page.name}: `{command}`: {str(error).splitlines()[0]}"
@@ -152,10 +159,14 @@ def base_config() -> dict[str, Any]:
 def check_yaml(page: Path) -> Iterator[str]:
     """What the loader says against the YAML blocks of a page."""
     base = base_config()
+    join = read_yaml(ROOT / "examples" / "feedback_join.yaml")
     for line, text in blocks(page, "yaml"):
         where = f"{page.name}, line {line}"
         try:
             config = yaml.safe_load(text)
+            if page == generate.AUGMENT_PAGE:
+                validate(AugmentConfig, join | config, where)
+                continue
             validate(PipelineConfig, config if _whole(config) else base | config, where)
         except (yaml.YAMLError, RayfmError, TypeError) as error:
             yield str(error).splitlines()[0]

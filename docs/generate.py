@@ -1,6 +1,7 @@
-"""Writes the reference of docs/configuration.md from the config classes themselves: ``python docs/generate.py``.
+"""Writes the references of docs/configuration.md and docs/augmentation.md from the config classes themselves:
+``python docs/generate.py``.
 
-What stands between the two markers is replaced; everything else in the file is written by hand.
+What stands between the two markers is replaced; everything else in the files is written by hand.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import datetime
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Union
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from rayfm.augment.config import AugmentConfig
 from rayfm.config import Registry
 from rayfm.data.sources.base import SOURCES
 from rayfm.distill.base import OBJECTIVES
@@ -24,6 +26,7 @@ from rayfm.models.base import MODELS, ModelConfig
 from rayfm.pipeline.config import PipelineConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
+AUGMENT_PAGE = Path(__file__).parent / "augmentation.md"
 BEGIN, END = "<!-- reference: written by docs/generate.py -->", "<!-- /reference -->"
 
 _REGISTRIES = {MODELS: "models", OBJECTIVES: "objectives", SOURCES: "sources"}
@@ -114,6 +117,21 @@ def sections() -> list[Section]:
             add(3, f"Every {kind.lower()}", base)
         for name in registry:
             add(3, f"{kind} `{name}`", registry[name].Config, base, typed=True)
+    return found
+
+
+def augment_sections() -> list[Section]:
+    """Headings of the file of ``rayfm augment``; a class that several keys lead to stands where it comes first."""
+    found = [Section(3, "Top level", AugmentConfig)]
+    waiting = [AugmentConfig]
+    while waiting:
+        model = waiting.pop(0)
+        for key, field in model.model_fields.items():
+            for config in _configs(field.annotation):
+                if config not in [section.model for section in found]:
+                    title = f"`{key}`" if model is AugmentConfig else _name(config)
+                    found.append(Section(3, title, config))
+                    waiting.append(config)
     return found
 
 
@@ -232,15 +250,26 @@ def reference() -> str:
     return "\n".join(lines)
 
 
-def page(text: str) -> str:
+def augment_reference() -> str:
+    """The reference of the file of ``rayfm augment`` as Markdown."""
+    found = augment_sections()
+    links = {section.model: section.anchor for section in found}
+    lines: list[str] = []
+    for section in found:
+        lines += [f"### {section.title}", "", _text(section.model.__doc__ or ""), "", *_table(section, links), ""]
+    return "\n".join(lines)
+
+
+def page(text: str, written: Callable[[], str] = reference) -> str:
     """``text`` with its reference written anew. Raises ValueError where the markers are missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{PAGE}: the markers {BEGIN!r} and {END!r} are missing")
-    return f"{before}{BEGIN}\n\n{reference()}\n{END}{after}"
+        raise ValueError(f"the markers {BEGIN!r} and {END!r} are missing")
+    return f"{before}{BEGIN}\n\n{written()}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
-    print(f"wrote {PAGE}")
+    for path, written in ((PAGE, reference), (AUGMENT_PAGE, augment_reference)):
+        path.write_text(page(path.read_text(), written))
+        print(f"wrote {path}")
