@@ -135,18 +135,26 @@ def label_files(table: DeltaTable, teacher: str | None = None, period: str | Non
 
 def row_groups(file: pq.ParquetFile, path: str) -> list[RowGroup]:
     """A data file's row groups, from its footer."""
-    footer, found = file.metadata, []
+    footer = file.metadata
+    found: list[RowGroup] = []
+    if footer.num_row_groups == 0:
+        return found
+    first = footer.row_group(0)
+    places = {first.column(number).path_in_schema: number for number in range(first.num_columns)}
+    tasks = {name.removeprefix(TASK_PREFIX): at for name, at in places.items() if name.startswith(TASK_PREFIX)}
     for index in range(footer.num_row_groups):
         group = footer.row_group(index)
-        columns = [group.column(number) for number in range(group.num_columns)]
-        known = {column.path_in_schema: column.statistics for column in columns if column.statistics is not None}
-        version, kind, lane, row = (_bounds(known.get(name)) for name in (VERSION, KIND, LANE, ROW))
+        bounds = [
+            _bounds(group.column(places[name]).statistics if name in places else None)
+            for name in (VERSION, KIND, LANE, ROW)
+        ]
+        known = {task: group.column(number).statistics for task, number in tasks.items()}
         nulls = {
-            name.removeprefix(TASK_PREFIX): statistics.null_count
-            for name, statistics in known.items()
-            if name.startswith(TASK_PREFIX) and statistics.has_null_count
+            task: statistics.null_count
+            for task, statistics in known.items()
+            if statistics is not None and statistics.has_null_count
         }
-        found.append(RowGroup(path, group.num_rows, version, kind, lane, nulls, index, row))
+        found.append(RowGroup(path, group.num_rows, bounds[0], bounds[1], bounds[2], nulls, index, bounds[3]))
     return found
 
 

@@ -87,6 +87,7 @@ class LaneLabels:
         tasks: the columns of the answers.
         name: for messages.
         width: R, the width of the representations to read; 0 reads none.
+        known: path -> row groups of files whose footers were read, shared by lanes; added to.
     """
 
     def __init__(
@@ -99,7 +100,9 @@ class LaneLabels:
         tasks: tuple[str, ...],
         name: str,
         width: int = 0,
+        known: dict[str, list[RowGroup]] | None = None,
     ) -> None:
+        self._known = {} if known is None else known
         self.version, self.kind, self.lane, self.tasks, self.name = version, kind, lane, tasks, name
         self.width, self._data = width, data
         self._groups = sorted((group for path in paths for group in self._row_groups(path)), key=_positions)
@@ -160,7 +163,9 @@ class LaneLabels:
                 raise LabelError(f"{self.name}: no predictions of task {task!r}; there are: {known}")
         if self.width and REPRESENTATION not in names:
             raise self._no_representation()
-        return [group for group in row_groups(file, path) if group.may_hold(self.version, self.kind, self.lane)]
+        if path not in self._known:
+            self._known[path] = row_groups(file, path)
+        return [group for group in self._known[path] if group.may_hold(self.version, self.kind, self.lane)]
 
     def _between(self, start: int, stop: int) -> LabelRows:
         """Labels at positions ``[start, stop)``."""
@@ -307,6 +312,7 @@ class LabelLookup:
         self.name, self.width = teacher, width
         self._files = self._by_period(table)
         self._lanes: dict[tuple[str, Kind, int], LaneLabels] = {}
+        self._row_groups: dict[str, list[RowGroup]] = {}
         self._lock, self._data = threading.Lock(), storage.files()
 
     def _by_period(self, table: DeltaTable) -> dict[str, list[LabelFile]]:
@@ -318,7 +324,10 @@ class LabelLookup:
 
     def __getstate__(self) -> dict[str, Any]:
         left = ("_lock", "_data")
-        return {name: value for name, value in self.__dict__.items() if name not in left} | {"_lanes": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in left} | {
+            "_lanes": {},
+            "_row_groups": {},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -328,7 +337,7 @@ class LabelLookup:
         """The labels of one lane; empty where there are none."""
         paths = [file.path for file in self._files.get(period, []) if file.may_hold(self.version, kind, lane)]
         name = f"labels of {self.teacher}@{self.version} for {period}/{kind}/lane {lane}"
-        return LaneLabels(self._data, paths, self.version, kind, lane, self.tasks, name, self.width)
+        return LaneLabels(self._data, paths, self.version, kind, lane, self.tasks, name, self.width, self._row_groups)
 
     def rows(self, period: str, kind: Kind, lane: int, start: int, stop: int, ids: Int64) -> tuple[Float32, Bool]:
         """Values ``[n, S]`` and mask ``[n, S]`` of rows ``[start, stop)`` of a lane whose example ids are ``ids``.
@@ -348,6 +357,7 @@ class LabelLookup:
         if key not in self._lanes:
             if any(known != period for known, _, _ in self._lanes):
                 self._lanes.clear()
+                self._row_groups.clear()
             self._lanes[key] = self.lane(period, kind, lane)
         return self._lanes[key]
 

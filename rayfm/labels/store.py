@@ -382,7 +382,8 @@ class LabelStore:
         """The metadata store, for work that must know the pins. Raises LabelError where there is none."""
         if self.metadata is None:
             raise LabelError(
-                f"{self.storage.table}: {what} needs the metadata store that holds the pins; open the store with it (--metadata)"
+                f"{self.storage.table}: {what} needs the metadata store that holds the pins; open the store with it "
+                "(--metadata)"
             )
         return self.metadata
 
