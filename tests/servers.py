@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -84,10 +84,14 @@ class Server:
 
     def answers(self) -> bool:
         """Whether the server answers its probe."""
+        return self.ask().startswith(self._answer)
+
+    def ask(self) -> bytes:
+        """The answer to the probe (ZooKeeper's says whether it leads), nothing where there is none."""
         with contextlib.suppress(OSError), socket.create_connection((LOOPBACK, self.port), timeout=1.0) as connection:
             connection.sendall(self._probe)
-            return connection.recv(64).startswith(self._answer)
-        return False
+            return connection.recv(4096)
+        return b""
 
     def kill(self) -> None:
         """Kill -9: the server has no chance to say goodbye. Returns once the process is gone."""
@@ -147,11 +151,28 @@ def free_port() -> int:
 
 def zookeeper(folder: Path) -> Server:
     """A ZooKeeper of one server, not started yet. Sessions may last 0.4 to 4 s."""
+    return _zookeeper("ZooKeeper", folder, free_port(), "ZooKeeperServerMain", {})
+
+
+def zookeeper_ensemble(folder: Path, size: int = 3) -> list[Server]:
+    """The servers of one ZooKeeper, not started yet. Start them together: one alone is no majority and never ready."""
+    ports = [(free_port(), free_port(), free_port()) for _ in range(size)]
+    peers = {f"server.{i}": f"{LOOPBACK}:{peer}:{vote}" for i, (_, peer, vote) in enumerate(ports, 1)}
+    members = []
+    for i, (port, _, _) in enumerate(ports, 1):
+        own = folder / str(i)
+        (own / "data").mkdir(parents=True)
+        (own / "data" / "myid").write_text(str(i))
+        settings = {"initLimit": 20, "syncLimit": 10, **peers}
+        members.append(_zookeeper(f"ZooKeeper {i}", own, port, "quorum.QuorumPeerMain", settings))
+    return members
+
+
+def _zookeeper(name: str, folder: Path, port: int, main: str, more: Mapping[str, object]) -> Server:
     java = shutil.which("java")
     if java is None or not ZOOKEEPER_JAR.exists():
         missing("ZooKeeper")
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
     settings = {
         "dataDir": folder / "data",
         "clientPort": port,
@@ -160,14 +181,15 @@ def zookeeper(folder: Path) -> Server:
         "maxClientCnxns": 0,
         "admin.enableServer": "false",
         "4lw.commands.whitelist": "srvr",
+        **more,
     }
     (folder / "zoo.cfg").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
     command = [
         *(str(java), "-Xmx128m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"),
-        *("-cp", str(ZOOKEEPER_JAR), "org.apache.zookeeper.server.ZooKeeperServerMain", str(folder / "zoo.cfg")),
+        *("-cp", str(ZOOKEEPER_JAR), f"org.apache.zookeeper.server.{main}", str(folder / "zoo.cfg")),
     ]
     # Unlike `ruok`, `srvr` is answered in earnest only once requests are served.
-    return Server("ZooKeeper", command, port, folder, b"srvr", b"Zookeeper version")
+    return Server(name, command, port, folder, b"srvr", b"Zookeeper version")
 
 
 def redis(folder: Path) -> Server:

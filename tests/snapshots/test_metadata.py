@@ -112,10 +112,10 @@ def test_an_expired_lease_cannot_be_extended_even_if_nobody_took_it(store):
 
 
 def test_extending_keeps_a_lease_past_its_first_time(store):
-    lease = store.acquire("job/x", "me", 0.5)
+    lease = store.acquire("job/x", "me", 1.0)
     for _ in range(4):
-        time.sleep(0.2)
-        lease = store.extend(lease, 0.5)
+        time.sleep(0.3)
+        lease = store.extend(lease, 1.0)
     with pytest.raises(LeaseHeld):
         store.acquire("job/x", "you", 1.0)
 

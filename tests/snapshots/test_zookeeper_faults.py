@@ -7,8 +7,10 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import servers
 from kazoo.client import KazooClient, TransactionRequest
 from kazoo.exceptions import ConnectionLoss
 
@@ -172,6 +174,35 @@ def test_a_server_killed_under_writes_loses_and_doubles_none(store, zookeeper_se
     assert store.extend(lease, 1.0).token == lease.token, "a lease outlives the server's death"
     for opened in stores.values():
         opened.close()
+
+
+def test_an_ensemble_that_loses_its_leaders_loses_no_write(tmp_path):
+    members = servers.zookeeper_ensemble(tmp_path)
+    stop, errors, done = threading.Event(), [], [0]
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(members)) as pool:
+        for member in members:
+            stack.callback(member.stop)
+        list(pool.map(servers.Server.start, members))
+        store = stack.enter_context(
+            contextlib.closing(open_metadata(f"zookeeper://{','.join(member.address for member in members)}/test"))
+        )
+        lease = store.acquire("l", "me", 120.0)
+        writer = threading.Thread(target=write_counting, args=(store, "k", stop, done, errors))
+        writer.start()
+        stack.callback(stop.set)
+        for _ in range(2):
+            (leader,) = [member for member in members if b"Mode: leader" in member.ask()]
+            leader.kill()
+            before, deadline = done[0], time.monotonic() + 30
+            while done[0] < before + 5 and not errors:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            leader.start()
+        stop.set()
+        writer.join(60)
+        assert not errors
+        assert store.get("k").value == b"%d" % done[0]
+        assert store.extend(lease, 1.0).token == lease.token
 
 
 def expire_session(store: ZooKeeperMetadataStore) -> int:
