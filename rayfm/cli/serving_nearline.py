@@ -14,6 +14,7 @@ from rayfm.serving.nearline.config import NearLineConfig
 from rayfm.serving.nearline.rows import Versions
 from rayfm.serving.teacher import TeacherServiceConfig
 from rayfm.snapshots.load import SnapshotStore
+from rayfm.snapshots.metadata import open_metadata
 
 
 def serve_until_stopped(config: NearLineConfig, port: int, address: str | None = None) -> None:
@@ -23,13 +24,15 @@ def serve_until_stopped(config: NearLineConfig, port: int, address: str | None =
         SnapshotError: nothing is published that could label.
         CapacityError: the port is in use, or no cluster answers at the address.
     """
-    version = Versions(SnapshotStore(config.root), config.model, config.version).current().version
+    metadata = None if config.metadata is None else open_metadata(config.metadata)
+    version = Versions(SnapshotStore(config.root), config.model, config.version, metadata).current().version
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     with ray_session(RayConfig(address=address)):
         url = start_intake([config], port)
-        start_teacher(config.run, config.teacher, TeacherServiceConfig(root=config.root, model=config.model))
+        service = TeacherServiceConfig(root=config.root, model=config.model, metadata=config.metadata)
+        start_teacher(config.run, config.teacher, service)
         start_consumers(config)
         console.print(f"labelling with {config.model}@{version}: POST {url}/v1/teachers/{config.teacher}/label")
         stopped.wait()

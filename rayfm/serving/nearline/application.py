@@ -11,12 +11,14 @@ from rayfm.serving.application import _DEPLOYING, LOOPBACK, application_name, ch
 from rayfm.serving.nearline.config import NearLineConfig
 from rayfm.serving.nearline.consumer import NearLineConsumer
 from rayfm.serving.nearline.doorbell import Doorbell, task_processor
+from rayfm.serving.nearline.holds import open_holds
 from rayfm.serving.nearline.intake import Intake
 from rayfm.serving.nearline.labeller import Score
 from rayfm.serving.nearline.router import build_app
 from rayfm.serving.nearline.rows import Versions
 from rayfm.serving.nearline.spool import Spool
 from rayfm.snapshots.load import SnapshotStore
+from rayfm.snapshots.metadata import open_metadata
 
 _LOGGING = {"log_level": "ERROR", "enable_access_log": False}
 
@@ -33,11 +35,14 @@ def intake_name(run: str) -> str:
 
 def make_intake(config: NearLineConfig) -> Intake:
     """Where a teacher's posts go to: in a server of one's own, or in `start_nearline`'s."""
+    store = SnapshotStore(config.root)
+    metadata = None if config.metadata is None else open_metadata(config.metadata)
     return Intake(
         config,
         Spool(config.root, config.teacher),
-        Versions(SnapshotStore(config.root), config.model, config.version),
+        Versions(store, config.model, config.version, metadata),
         Doorbell(config),
+        open_holds(config.metadata, store, config.model, config.hold_s),
     )
 
 

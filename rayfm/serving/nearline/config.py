@@ -11,6 +11,7 @@ from rayfm.config import Config, read_yaml, validate
 from rayfm.labels.columns import check_part
 from rayfm.serving.nearline.rows import PeriodLength
 from rayfm.snapshots.manifest import check_name
+from rayfm.snapshots.metadata.url import FORMS
 
 BROKERS = ("redis", "rediss")
 
@@ -107,7 +108,12 @@ class NearLineConfig(Config):
     """The teacher's key in the snapshot store, e.g. ``fm.teacher.0``."""
 
     version: str | None = None
-    """The snapshot that labels what is posted; by default the newest that is published when it is posted."""
+    """The snapshot that labels what is posted; by default the newest that is published when it is posted, or the one
+    that is `current` then (see ``metadata``)."""
+
+    metadata: str | None = None
+    """URL of the snapshots' metadata store. With it, the version that is `current` labels (where ``version`` names
+    none), and snapshots that accepted rows name are held until they are labelled."""
 
     redis: str = "redis://127.0.0.1:6379/0"
     """The queue. What is accepted does not depend on it: it may lose everything."""
@@ -138,6 +144,18 @@ class NearLineConfig(Config):
         if parts.scheme not in BROKERS or not parts.hostname:
             raise ValueError(f"{url!r} is no Redis; write redis://HOST:PORT/NUMBER (or rediss:// for TLS)")
         return url
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("sqlite:///", "zookeeper://")):
+            raise ValueError(f"metadata store {url!r}: write {FORMS}")
+        return url
+
+    @property
+    def hold_s(self) -> float:
+        """How long a snapshot stays after a process that held it for accepted rows died."""
+        return max(60.0, 4 * self.consumer.sweep_s)
 
     @property
     def queue(self) -> str:

@@ -17,6 +17,7 @@ from rayfm.config import CapacityError
 from rayfm.serving.nearline.batcher import Batcher
 from rayfm.serving.nearline.config import NearLineConfig
 from rayfm.serving.nearline.doorbell import TASK, Doorbell, sweep
+from rayfm.serving.nearline.holds import open_holds
 from rayfm.serving.nearline.labeller import Labeller, Score, settle, take
 from rayfm.serving.nearline.labels import NearLineLabels
 from rayfm.serving.nearline.rows import Versions
@@ -45,7 +46,9 @@ class NearLineConsumer:
         consumer = self.config.consumer
         self.spool = Spool(self.config.root, self.config.teacher)
         self.doorbell = Doorbell(self.config)
-        versions = Versions(SnapshotStore(self.config.root), self.config.model)
+        store = SnapshotStore(self.config.root)
+        self._holds = open_holds(self.config.metadata, store, self.config.model, self.config.hold_s)
+        versions = Versions(store, self.config.model)
         labeller = Labeller(
             self.config, self.spool, NearLineLabels(self.config.root), versions, score or self._ask_service
         )
@@ -110,6 +113,8 @@ class NearLineConsumer:
         # Often enough that a ticket is rung for at most a quarter late; each consumer sweeps, twice does no harm.
         while not self._stop.wait(self.config.consumer.sweep_s / 4):
             try:
+                if self._holds is not None:
+                    self._holds.only(self.spool.versions())
                 self._starved_since = None if self.doorbell.waiting() == 0 else self._starved_since or time.monotonic()
                 sweep(self.spool, self.doorbell, self.config)
             except CapacityError as error:  # Redis is down, which another consumer would not change

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from rayfm.config import CapacityError, Config, DataError
 from rayfm.serving.nearline.config import NearLineConfig
+from rayfm.serving.nearline.holds import VersionHolds
 from rayfm.serving.nearline.rows import Versions, check_post, first_reasons
 from rayfm.serving.nearline.spool import Spool
 from rayfm.serving.nearline.tickets import TicketStatus
@@ -76,11 +77,19 @@ class Intake:
         config: the teacher's.
         spool, versions: where rows go to, and what labels them.
         doorbell: told of each ticket, after it is durable. It may fail: the sweeper rings again.
+        holds: keeps the snapshot that is to label, until the consumers hold it for the ticket.
     """
 
-    def __init__(self, config: NearLineConfig, spool: Spool, versions: Versions, doorbell: Rings) -> None:
+    def __init__(
+        self,
+        config: NearLineConfig,
+        spool: Spool,
+        versions: Versions,
+        doorbell: Rings,
+        holds: VersionHolds | None = None,
+    ) -> None:
         self.config, self.spool = config, spool
-        self._versions, self._doorbell = versions, doorbell
+        self._versions, self._doorbell, self._holds = versions, doorbell, holds
         # One thread: a Redis that hangs delays messages, never an answer.
         self._ringer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayfm-nearline-ring")
         self._lock = threading.Lock()
@@ -121,6 +130,8 @@ class Intake:
         rejects = first_reasons(post.rejects)
         if not post.good.num_rows:
             raise BadRows(f"no row can be labelled; row {rejects[0]['row']}: {rejects[0]['reason']}", rejects)
+        if self._holds is not None:
+            self._holds.keep(version.version)
         ticket = self.spool.accept(post.good, version.version, post.rejects)
         with self._lock:
             self._waiting += 1

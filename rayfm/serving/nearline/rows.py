@@ -21,7 +21,9 @@ from rayfm.data.validate import REASON, split_rejects
 from rayfm.labels.columns import check_leak
 from rayfm.schema import EXAMPLE_ID, TIME, Schema, Task
 from rayfm.serving.nearline.spool import ROW
+from rayfm.snapshots.current import read_current
 from rayfm.snapshots.load import SnapshotStore
+from rayfm.snapshots.metadata import MetadataStore, StoreUnavailable
 
 PeriodLength = Literal["day", "hour"]
 
@@ -63,11 +65,18 @@ class Versions:
     Args:
         store: the published snapshots.
         model: the model's key there.
-        fixed: the version that labels; None: the newest that is published.
+        fixed: the version that labels; None: the one that is `current`.
+        metadata: where `current` stands; None: the newest that is published is current.
     """
 
-    def __init__(self, store: SnapshotStore, model: str, fixed: str | None = None) -> None:
-        self._store, self._model, self._fixed = store, model, fixed
+    def __init__(
+        self,
+        store: SnapshotStore,
+        model: str,
+        fixed: str | None = None,
+        metadata: MetadataStore | None = None,
+    ) -> None:
+        self._store, self._model, self._fixed, self._metadata = store, model, fixed, metadata
         self._known: OrderedDict[str, TeacherVersion] = OrderedDict()
         self._newest: tuple[float, str] | None = None
         self._lock = threading.Lock()
@@ -76,17 +85,27 @@ class Versions:
         """The version that labels what is posted now.
 
         Raises:
-            SnapshotError: nothing is published yet.
+            SnapshotError: nothing is published yet, or the metadata store does not answer from the start.
         """
         if self._fixed is not None:
             return self.get(self._fixed)
         now = time.monotonic()
-        if self._newest is None or now - self._newest[0] > _CURRENT_S:
-            version = self._store.latest(self._model)
+        known = self._newest
+        if known is None or now - known[0] > _CURRENT_S:
+            try:
+                version = self._look()
+            except StoreUnavailable:
+                if known is None:
+                    raise
+                version = known[1]  # what was current a moment ago labels as well
             if version is None:
                 raise SnapshotError(f"no snapshot of {self._model!r} is published yet; train the teacher first")
-            self._newest = (now, version)
-        return self.get(self._newest[1])
+            known = self._newest = (now, version)
+        return self.get(known[1])
+
+    def _look(self) -> str | None:
+        current = None if self._metadata is None else read_current(self._metadata, self._model)
+        return self._store.latest(self._model) if current is None else current.version
 
     def get(self, version: str) -> TeacherVersion:
         """A version by its name. Raises SnapshotError where it is not published, or gone."""

@@ -36,6 +36,9 @@ ROW = "nearline/row"
 """Column of the spooled rows: each one's position in the post."""
 
 _HEADER = b"rayfm"
+_UNKNOWN = "unknown"
+"""The version of a ticket whose file is damaged."""
+
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
 _STALE_S = 3600.0
 """Age of an unfinished file that nobody is writing any more."""
@@ -101,6 +104,7 @@ class Spool:
         )
         for folder in (self._queued, self._journal, self._dead, self._done, self.rejects):
             folder.mkdir(parents=True, exist_ok=True)
+        self._named: dict[str, str] = {}
 
     def accept(self, table: pa.Table, version: str, rejects: pa.Table | None = None) -> str:
         """Store rows durably and give their ticket: from here on they will be labelled, or be a dead letter.
@@ -136,6 +140,18 @@ class Spool:
                 with contextlib.suppress(FileNotFoundError):
                     seen = max(seen, self._journal_path(ticket).stat().st_mtime)
                 yield ticket, seen
+
+    def versions(self) -> set[str]:
+        """Snapshots that queued tickets name. A ticket's file is opened once by this object."""
+        tickets = self._tickets(self._queued, ".arrow")
+        known = {ticket: self._named[ticket] for ticket in tickets if ticket in self._named}
+        for ticket in tickets:
+            if ticket not in known:
+                header = self._header(self._path(ticket))
+                if header is not None:
+                    known[ticket] = header["version"]
+        self._named = known
+        return set(known.values()) - {_UNKNOWN}
 
     def queued(self) -> int:
         """Tickets that wait."""
@@ -358,7 +374,7 @@ class Spool:
         except FileNotFoundError:
             return None
         except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
-            return {"version": "unknown", "rows": 0, "rejected": 0}
+            return {"version": _UNKNOWN, "rows": 0, "rejected": 0}
 
     def _read(self, path: Path) -> Spooled | None:
         try:
