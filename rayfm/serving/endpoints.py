@@ -14,6 +14,7 @@ from rayfm.client.wire import Scored
 from rayfm.config import Config, ConfigError
 from rayfm.serving.application import application_name, check_port, start_teacher, teacher_handle
 from rayfm.serving.backend import ScoringBackend, Teacher
+from rayfm.serving.follow import student_follower
 from rayfm.serving.http.app import create_app
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.problems import Problem, unavailable
@@ -115,7 +116,7 @@ class EndpointsReplica:
         torch.set_num_threads(config.threads)
         self._token = token
         self._backend = ScoringBackend(
-            Students(self.plan.root, self.plan.students, config),
+            Students(self.plan.root, self.plan.students, config, student_follower(self.plan.root, config)),
             {teacher.name: ServedTeacher(self.plan.run, teacher.name) for teacher in self.plan.teachers},
             config.limits,
         )
@@ -172,7 +173,13 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
         start_teacher(
             plan.run,
             teacher.name,
-            TeacherServiceConfig(root=plan.root, model=teacher.model, threads=teacher.threads, poll_s=config.poll_s),
+            TeacherServiceConfig(
+                root=plan.root,
+                model=teacher.model,
+                threads=teacher.threads,
+                poll_s=config.poll_s,
+                metadata=config.metadata,
+            ),
             replicas=teacher.replicas,
             cpus=teacher.cpus,
             gpus=teacher.gpus,

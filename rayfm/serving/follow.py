@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 
 from rayfm.models.base import MODELS
 from rayfm.schema import Schema
+from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.teacher import LoadedVersion, load_version
-from rayfm.serving.versions import warm
+from rayfm.serving.versions import Follower, warm
 from rayfm.snapshots.collect import Collector
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.loader import Loader, SnapshotFollower
 from rayfm.snapshots.manifest import SnapshotManifest
-from rayfm.snapshots.metadata import MetadataStore
+from rayfm.snapshots.metadata import MetadataStore, open_metadata
 from rayfm.snapshots.updater import LEASE_S, Updater
 
 
@@ -47,6 +49,14 @@ def follow_current(
         lease_s=lease_s,
     )
     return SnapshotFollower(loader, Updater(collector, model, who, check_buildable, lease_s), poll_s)
+
+
+def student_follower(root: str, config: EndpointsConfig) -> Callable[[str], Follower] | None:
+    """How `rayfm.serving.student.Students` follows a model's `current`; None where the config names no store."""
+    if config.metadata is None:
+        return None
+    store, metadata, poll_s = SnapshotStore(root), open_metadata(config.metadata), config.poll_s
+    return lambda model: follow_current(store, model, metadata, poll_s)
 
 
 def check_buildable(manifest: SnapshotManifest) -> None:

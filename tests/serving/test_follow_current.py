@@ -11,7 +11,9 @@ from example_store import every_feature_rows
 from test_teacher_service import MODEL, expected, publish_model, score
 
 from rayfm.config import SnapshotError
-from rayfm.serving.follow import follow_current
+from rayfm.serving.follow import follow_current, student_follower
+from rayfm.serving.http.config import EndpointsConfig
+from rayfm.serving.student import Students
 from rayfm.serving.teacher import TeacherService
 from rayfm.snapshots import Collector, Pointer, SnapshotStore, open_metadata, read_current, refusals
 from rayfm.snapshots.manifest import MANIFEST
@@ -104,6 +106,25 @@ def test_a_request_that_began_before_a_swap_ends_with_its_version(tmp_path, url,
 
     assert asyncio.run(slow_submit())[0] == "v1"
     assert service._loader.versions() == ["v2", "v3"]
+
+
+def test_students_follow_where_the_config_names_a_store(tmp_path, url):
+    assert student_follower(str(tmp_path), EndpointsConfig()) is None
+    with pytest.raises(ValueError, match="write sqlite:///absolute/path or zookeeper"):
+        EndpointsConfig(metadata="redis://x")
+    publish_model(tmp_path, "v1", seed=1)
+    publish_model(tmp_path, "v2", seed=2)
+    Pointer(Collector(SnapshotStore(tmp_path), open_metadata(url)), MODEL, "operator").pin("v1", "an experiment")
+    students = Students(str(tmp_path), [MODEL], EndpointsConfig(), student_follower(str(tmp_path), config(url)))
+    deadline = time.monotonic() + 20
+    while students.versions() != {MODEL: "v1"}:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    students.close()
+
+
+def config(url: str) -> EndpointsConfig:
+    return EndpointsConfig(metadata=url, poll_s=0.02)
 
 
 def test_any_service_may_follow(tmp_path, url):

@@ -20,6 +20,7 @@ from rayfm.snapshots.metadata import (
     LeaseLost,
     MetadataStore,
     SQLiteMetadataStore,
+    check_metadata_url,
     open_metadata,
     read_fenced,
     write_fenced,
@@ -316,6 +317,8 @@ def test_a_closed_store_opens_again(store):
 def test_odd_urls_are_refused(text, complaint):
     with pytest.raises(ConfigError, match=complaint):
         open_metadata(text)
+    with pytest.raises(ValueError, match=complaint):
+        check_metadata_url(text)
 
 
 def test_urls_name_stores(tmp_path, monkeypatch):

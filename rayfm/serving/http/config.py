@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rayfm.config import Config
+from rayfm.snapshots.metadata import check_metadata_url
 
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
@@ -59,7 +60,15 @@ class EndpointsConfig(Config):
     """Students that a process keeps in memory; the one used longest ago leaves."""
     poll_s: float = Field(2.0, gt=0)
     """Seconds between looks for a newer version."""
+    metadata: str | None = None
+    """Metadata store, as a URL (``sqlite:///PATH``, ``zookeeper://HOST:PORT/ROOT``): teachers and students follow the
+    version that is `current` there, with leases, pins and rollbacks. By default they take the newest version."""
     limits: LimitsConfig = LimitsConfig()
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata(cls, url: str | None) -> str | None:
+        return None if url is None else check_metadata_url(url)
 
     @property
     def loopback(self) -> bool:

@@ -12,7 +12,7 @@ from rayfm.snapshots.metadata.base import (
 )
 from rayfm.snapshots.metadata.fenced import Fenced, read_fenced, write_fenced
 from rayfm.snapshots.metadata.sqlite import SQLiteMetadataStore
-from rayfm.snapshots.metadata.url import open_metadata
+from rayfm.snapshots.metadata.url import check_metadata_url, open_metadata
 
 __all__ = [
     "Conflict",
@@ -25,6 +25,7 @@ __all__ = [
     "SQLiteMetadataStore",
     "StoreUnavailable",
     "check_key",
+    "check_metadata_url",
     "open_metadata",
     "read_fenced",
     "write_fenced",
