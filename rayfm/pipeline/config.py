@@ -16,6 +16,7 @@ from rayfm.models.base import MODELS, ModelConfig
 from rayfm.models.histories import HistoryFeature
 from rayfm.pipeline.tune_config import TuneConfig
 from rayfm.schema import LOGGED_PREFIX, Schema
+from rayfm.serving.http.config import EndpointsConfig
 from rayfm.training.calibration import CountsCalibration
 from rayfm.training.config import TrainingConfig
 from rayfm.training.lost_labels import LostLabels
@@ -180,6 +181,8 @@ class PipelineConfig(Config):
     """Newest published versions of a student that a run keeps; a teacher's are all kept."""
     evaluation: EvaluationConfig = EvaluationConfig()
     serving: ServingConfig = ServingConfig()
+    endpoints: EndpointsConfig = EndpointsConfig()
+    """What `rayfm serve` starts; a run does not read it."""
     ray: RayConfig = RayConfig()
     tune: TuneConfig | None = None
     """What `rayfm tune` searches; a run does not read it."""

