@@ -36,6 +36,12 @@ class Arrivals:
     """Newest event time among the good rows."""
 
 
+def with_reasons(table: pa.Table, reasons: pa.Array) -> pa.Table:
+    """Rejected rows with a ``reason``; a column of theirs that has this name becomes ``reason_``."""
+    names = [f"{name}_" if name == REASON else name for name in table.column_names]
+    return table.rename_columns(names).append_column(REASON, reasons)
+
+
 class _Reasons:
     """The first reason against each row."""
 
@@ -52,9 +58,8 @@ class _Reasons:
     def split(self, raw: pa.Table, good: pa.Table) -> Arrivals:
         bad = self.reason != ""
         table = good.filter(pa.array(~bad)).combine_chunks()
-        reasons = pa.array(self.reason[bad], pa.string())
         newest = int(pc.max(table[TIME]).as_py()) if table.num_rows else None
-        return Arrivals(table, raw.filter(pa.array(bad)).append_column(REASON, reasons), newest)
+        return Arrivals(table, with_reasons(raw.filter(pa.array(bad)), pa.array(self.reason[bad], pa.string())), newest)
 
 
 def now_us() -> int:

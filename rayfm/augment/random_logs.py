@@ -24,7 +24,7 @@ USERS, ITEMS = 500, 200
 RATE = 0.12
 """About how many impressions get an event of a task; of each further task, half as many."""
 
-DOUBLED, LATE, ORPHANED = 0.01, 0.005, 0.005
+DOUBLED, LATE, ORPHANED = 0.01, 0.02, 0.005
 """Shares of rows that come twice, that come later than the disorder allows, and of events without an impression."""
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayfm.augment.arrivals import with_reasons
 from rayfm.augment.outcomes import CORRECTIONS, label_columns
 from rayfm.augment.periods import period_names
 from rayfm.augment.rules import Bool, Group, Int64, Rules
@@ -136,7 +137,7 @@ def step(
     watermark = advance(rules, before, seen, through)
     closed = [_close(rules, group, index, is_new, events, before, watermark) for group in rules.groups]
 
-    place = index.find(events[EXAMPLE_ID].to_numpy())
+    place = np.concatenate([place_M[~misfit_M], place_E[keep_E]])
     orphan = (place < 0) & outlasted(rules, events[TIME].to_numpy(), watermark)
     alive = remembered(rules, index.time, watermark)
     stays = np.where(place >= 0, _at(alive, place), ~orphan)
@@ -154,7 +155,6 @@ def step(
         rejected.append(_with_reason(fresh.filter(pa.array(written_E)), LATE))
         dropped = int(written_E.sum())
     after = State(index.take(alive), events.filter(pa.array(stays)).combine_chunks(), seen, watermark)
-    known = after.index.find(after.feedback[EXAMPLE_ID].to_numpy()) >= 0
     return Step(
         state=after,
         accepted=accepted,
@@ -178,7 +178,7 @@ def step(
             "before_impression": int(early_M.sum() + early_E.sum()),
             "after_window": int(misfit_M.sum() + misfit_E.sum() - early_M.sum() - early_E.sum()),
             "open": int((after.index.time + rules.window_us > watermark).sum()),
-            "waiting": int((~known).sum()),
+            "waiting": int((place[stays] < 0).sum()),
             "state_rows": after.rows,
         },
     )
@@ -271,7 +271,7 @@ def _at(values: Values, place: Int64) -> Values:
 
 
 def _with_reason(table: pa.Table, reason: str) -> pa.Table:
-    return table.append_column(REASON, pa.array([reason] * table.num_rows, pa.string()))
+    return with_reasons(table, pa.array([reason] * table.num_rows, pa.string()))
 
 
 REJECTED = FEEDBACK.append(pa.field(REASON, pa.string()))

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from rayfm.augment.arrivals import check_columns
 from rayfm.augment.config import IMPRESSIONS, JoinConfig
 from rayfm.augment.state import NEVER
 from rayfm.config import DataError
@@ -47,7 +48,7 @@ class FileStreams:
         offsets: what is taken in already: ``<stream>/<path>`` -> [rows taken, bytes of the file].
 
     Raises:
-        DataError: a stream has no files, or a file that was read has changed since.
+        DataError: a stream has no files, its newest one lacks a column, or a file that was read has changed since.
     """
 
     def __init__(self, config: JoinConfig, offsets: Mapping[str, Any]) -> None:
@@ -70,6 +71,8 @@ class FileStreams:
                     )
                 self._taken[key] = (rows, size)
             self._files[stream] = (filesystem, paths)
+            names = open_parquet(filesystem, paths[-1]).schema_arrow.names
+            check_columns(paths[-1], config, None if stream == IMPRESSIONS else stream, names)
 
     def next(self, seen: Mapping[str, int]) -> Chunk | None:
         """The next rows of the stream that is furthest behind in event time, None where every stream is read.

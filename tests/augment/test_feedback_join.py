@@ -326,6 +326,31 @@ def test_files_become_examples_that_prepare_reads(tmp_path):
     assert len(list((tmp_path / "complete").iterdir())) == 3
 
 
+def test_a_missing_column_is_told_before_the_first_batch(tmp_path):
+    log_files(tmp_path, hours=1)
+    write(tmp_path, clicks__0=clicks(("a", 1, 0)).drop_columns("event_id"))
+    with FeedbackJoin(join_config(tmp_path)) as join:
+        with pytest.raises(DataError, match=r"0\.parquet: column 'event_id' \(feedback\.clicks\.event_id\) is missing"):
+            join.run()
+        assert join.batch == 0
+    (tmp_path / "logs" / "clicks" / "0.parquet").unlink()
+    with FeedbackJoin(join_config(tmp_path)) as join, pytest.raises(DataError, match=r"no \.parquet file matches"):
+        join.run()
+    (tmp_path / "logs" / "clicks" / "0.parquet").write_text("no Parquet")
+    with FeedbackJoin(join_config(tmp_path)) as join, pytest.raises(DataError, match="corrupt or unreadable Parquet"):
+        join.run()
+
+
+def test_a_log_may_have_a_column_called_reason(tmp_path):
+    with FeedbackJoin(join_config(tmp_path)) as join:
+        join.process(impressions((1, 0), (2, 1), reason=pa.array(["new", "old"])), through=at(100))
+        counts = join.process(impressions((3, 2), reason=pa.array(["odd"])))
+        assert counts["late_impressions"] == 1
+    assert [row["reason"] for row in read(tmp_path, "examples")] == ["new", "old"]
+    (row,) = read(tmp_path, "rejects/join/impressions")
+    assert (row["reason"], row["reason_"]) == ("impression later than the lateness allows", "odd")
+
+
 def test_new_files_are_read_and_changed_ones_refused(tmp_path):
     log_files(tmp_path, hours=1)
     with FeedbackJoin(join_config(tmp_path)) as join:
