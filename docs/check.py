@@ -4,7 +4,8 @@
 * Every relative link and every anchor leads somewhere.
 * Every ``rayfm ...`` command parses; the config that it names, with its ``--set``, is valid.
 * Every YAML block is a valid config, or a part of one: a part is put in place of the same keys of the first whole
-  config of configuration.md, or, on the page on augmentation, of examples/feedback_join.yaml.
+  config of configuration.md, or, on the pages of commands with a file of their own, of examples/feedback_join.yaml or
+  examples/near_line.yaml.
 * Every call of a ``rayfm.<function>`` in a Python block fits the function's signature.
 
 A word in capitals (CONFIG, FOLDER) in a command is a placeholder.
@@ -35,6 +36,7 @@ import generate  # noqa: E402  (it stands beside this file)
 from rayfm.augment.config import AugmentConfig, load_augment  # noqa: E402
 from rayfm.config import RayfmError, read_yaml, validate  # noqa: E402
 from rayfm.pipeline.config import PipelineConfig, load_config  # noqa: E402
+from rayfm.serving.nearline.config import NearLineConfig, load_nearline  # noqa: E402
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 
@@ -80,6 +82,9 @@ def check_reference() -> Iterator[str]:
     text = generate.AUGMENT_PAGE.read_text()
     if generate.page(text, generate.augment_reference) != text:
         yield "docs/augmentation.md: the reference is not what the config classes say; run python docs/generate.py"
+    text = generate.NEARLINE_PAGE.read_text()
+    if generate.page(text, generate.nearline_reference) != text:
+        yield "docs/nearline.md: the reference is not what the config classes say; run python docs/generate.py"
 
 
 def check_links(page: Path) -> Iterator[str]:
@@ -129,6 +134,13 @@ def check_command(page: Path, command: str) -> Iterator[str]:
             raise
         yield f"{page.name}: `{command}`: {error.format_message()}"
         return
+    file = context.params.get("file")
+    if context.parent is not None and context.parent.info_name == "nearline" and not str(file).isupper():
+        try:
+            load_nearline(ROOT / str(file))
+        except RayfmError as error:
+            yield f"{page.name}: `{command}`: {str(error).splitlines()[0]}"
+        return
     config = context.params.get("config")
     if config is None or str(config).isupper():
         return
@@ -160,12 +172,16 @@ def check_yaml(page: Path) -> Iterator[str]:
     """What the loader says against the YAML blocks of a page."""
     base = base_config()
     join = read_yaml(ROOT / "examples" / "feedback_join.yaml")
+    near_line = read_yaml(ROOT / "examples" / "near_line.yaml")
     for line, text in blocks(page, "yaml"):
         where = f"{page.name}, line {line}"
         try:
             config = yaml.safe_load(text)
             if page == generate.AUGMENT_PAGE:
                 validate(AugmentConfig, join | config, where)
+                continue
+            if page == generate.NEARLINE_PAGE:
+                validate(NearLineConfig, near_line | config, where)
                 continue
             validate(PipelineConfig, config if _whole(config) else base | config, where)
         except (yaml.YAMLError, RayfmError, TypeError) as error:

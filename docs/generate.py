@@ -1,4 +1,4 @@
-"""Writes the references of docs/configuration.md and docs/augmentation.md from the config classes themselves:
+"""Writes the references of docs/configuration.md, augmentation.md and nearline.md from the config classes themselves:
 ``python docs/generate.py``.
 
 What stands between the two markers is replaced; everything else in the files is written by hand.
@@ -24,9 +24,11 @@ from rayfm.data.sources.base import SOURCES
 from rayfm.distill.base import OBJECTIVES
 from rayfm.models.base import MODELS, ModelConfig
 from rayfm.pipeline.config import PipelineConfig
+from rayfm.serving.nearline.config import NearLineConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 AUGMENT_PAGE = Path(__file__).parent / "augmentation.md"
+NEARLINE_PAGE = Path(__file__).parent / "nearline.md"
 BEGIN, END = "<!-- reference: written by docs/generate.py -->", "<!-- /reference -->"
 
 _REGISTRIES = {MODELS: "models", OBJECTIVES: "objectives", SOURCES: "sources"}
@@ -120,16 +122,16 @@ def sections() -> list[Section]:
     return found
 
 
-def augment_sections() -> list[Section]:
-    """Headings of the file of ``rayfm augment``; a class that several keys lead to stands where it comes first."""
-    found = [Section(3, "Top level", AugmentConfig)]
-    waiting = [AugmentConfig]
+def file_sections(top: type[BaseModel]) -> list[Section]:
+    """Headings of a command's own file; a class that several keys lead to stands where it comes first."""
+    found = [Section(3, "Top level", top)]
+    waiting = [top]
     while waiting:
         model = waiting.pop(0)
         for key, field in model.model_fields.items():
             for config in _configs(field.annotation):
                 if config not in [section.model for section in found]:
-                    title = f"`{key}`" if model is AugmentConfig else _name(config)
+                    title = f"`{key}`" if model is top else _name(config)
                     found.append(Section(3, title, config))
                     waiting.append(config)
     return found
@@ -250,14 +252,24 @@ def reference() -> str:
     return "\n".join(lines)
 
 
-def augment_reference() -> str:
-    """The reference of the file of ``rayfm augment`` as Markdown."""
-    found = augment_sections()
+def file_reference(top: type[BaseModel]) -> str:
+    """The reference of a command's own file as Markdown."""
+    found = file_sections(top)
     links = {section.model: section.anchor for section in found}
     lines: list[str] = []
     for section in found:
         lines += [f"### {section.title}", "", _text(section.model.__doc__ or ""), "", *_table(section, links), ""]
     return "\n".join(lines)
+
+
+def augment_reference() -> str:
+    """The reference of the file of ``rayfm augment``."""
+    return file_reference(AugmentConfig)
+
+
+def nearline_reference() -> str:
+    """The reference of the file of ``rayfm nearline``."""
+    return file_reference(NearLineConfig)
 
 
 def page(text: str, written: Callable[[], str] = reference) -> str:
@@ -270,6 +282,10 @@ def page(text: str, written: Callable[[], str] = reference) -> str:
 
 
 if __name__ == "__main__":
-    for path, written in ((PAGE, reference), (AUGMENT_PAGE, augment_reference)):
+    for path, written in (
+        (PAGE, reference),
+        (AUGMENT_PAGE, augment_reference),
+        (NEARLINE_PAGE, nearline_reference),
+    ):
         path.write_text(page(path.read_text(), written))
         print(f"wrote {path}")

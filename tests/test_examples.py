@@ -9,23 +9,33 @@ from rayfm.augment.join import FeedbackJoin
 from rayfm.augment.random_logs import write_random_logs
 from rayfm.config import read_yaml, validate
 from rayfm.pipeline.config import load_config
-from rayfm.pipeline.plan import student_specs, teacher_spec
+from rayfm.pipeline.plan import student_specs, teacher_key, teacher_spec
 from rayfm.schema import Schema
+from rayfm.serving.nearline.config import load_nearline
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))
 PIPELINES = [path for path in FILES if "students" in read_yaml(path)]
 SCHEMAS = [path for path in FILES if set(read_yaml(path)) <= set(Schema.model_fields)]
 JOINS = [path for path in FILES if "impressions" in read_yaml(path)]
+NEAR_LINE = [path for path in FILES if "redis" in read_yaml(path)]
 
 
 def name(path: Path) -> str:
     return path.name
 
 
-def test_every_example_is_a_pipeline_a_schema_or_a_join():
+def test_every_example_is_of_a_known_kind():
     assert FILES
-    assert sorted([*PIPELINES, *SCHEMAS, *JOINS]) == FILES
+    assert sorted([*PIPELINES, *SCHEMAS, *JOINS, *NEAR_LINE]) == FILES
+
+
+@pytest.mark.parametrize("path", NEAR_LINE, ids=name)
+def test_near_line_labels_come_from_the_demos_teacher(path):
+    config, demo = load_nearline(path), load_config(EXAMPLES / "demo.yaml")
+    assert config.run == demo.name
+    assert config.root == str(demo.run_dir)
+    assert config.model == teacher_key(demo, config.teacher)
 
 
 @pytest.mark.parametrize("path", SCHEMAS, ids=name)
