@@ -56,6 +56,7 @@ class ExportedStudent:
         results: form -> what became of it.
         tasks: the model's tasks.
         model: the model behind the look-ups, in fp32; its embeddings read no batch any more.
+        calibrator: corrects the logits, if the snapshot has one.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class ExportedStudent:
     ) -> None:
         self._lookups, self._part, self._predict = lookups, part, predict
         self.form, self.results = form, results
-        self.tasks, self.model = part.tasks, part.served.model
+        self.tasks, self.model, self.calibrator = part.tasks, part.served.model, part.served.calibrator
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions, each float32 ``[B]``.
@@ -75,6 +76,11 @@ class ExportedStudent:
             return {task: torch.zeros(0) for task in self.tasks}
         with torch.inference_mode():
             return dict(zip(self.tasks, self._predict(*self._lookups(batch)), strict=True))
+
+    def logits(self, batch: Batch) -> dict[str, Tensor]:
+        """As `ServedModel.logits`: calibrated logits, each ``[B]``, in fp32 whatever the form."""
+        with torch.inference_mode():
+            return self._part.served.logits(self._part.values(self._lookups(batch)))
 
     def predict(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """As `ServedModel.predict`: predictions, and the representation ``[B, H]``, both in fp32 whatever the form."""

@@ -19,6 +19,7 @@ from rayfm.client.wire import ARROW, Scored
 from rayfm.config import Config, RayfmError, SnapshotError
 from rayfm.data.encode import EncodedChunk, Encoder
 from rayfm.export.served import ServedModel, export_model
+from rayfm.export.student import ExportedStudent
 from rayfm.labels.columns import REPRESENTATION
 from rayfm.models.base import MODELS, ModelConfig
 from rayfm.schema import Schema
@@ -61,7 +62,7 @@ class LoadedVersion:
 
     version: str
     trained_through: str | None
-    model: ServedModel
+    model: ServedModel | ExportedStudent
     encoder: Encoder
     tasks: tuple[str, ...]
 

@@ -91,6 +91,31 @@ def test_the_number_of_rows_is_free() -> None:
         torch.testing.assert_close(student(batch), trained_predictions(model, batch), rtol=0, atol=2e-6)
 
 
+def test_logits_and_representations_are_those_of_the_model() -> None:
+    model = noisy("dcnv2")
+    student = exported("dcnv2", noisy("dcnv2"), "int8", tolerance={"reduced": 0.1})
+    batch = random_batch(30, seed=5)
+    with torch.no_grad():
+        output = model(batch)
+    expected = {"click": 0.7 * output.logits["click"] - 0.4, "watch": output.logits["watch"]}
+    torch.testing.assert_close(student.logits(batch), expected, rtol=0, atol=2e-6)
+    predictions, representation_BH = student.predict(batch)
+    torch.testing.assert_close(representation_BH, output.representation, rtol=0, atol=2e-6)
+    torch.testing.assert_close(predictions, trained_predictions(model, batch), rtol=0, atol=2e-6)
+    assert not torch.equal(predictions["click"], student(batch)["click"])  # which is int8
+
+
+def test_only_a_two_tower_has_vectors() -> None:
+    towers = noisy("two_tower")
+    batch = random_batch(9)
+    with torch.no_grad():
+        expected = towers.vectors(batch)
+    found = exported("two_tower", noisy("two_tower"), "eager").vectors(batch)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    with pytest.raises(ConfigError, match="a model of type 'dlrm' has no towers"):
+        exported("dlrm", noisy("dlrm"), "eager").vectors(batch)
+
+
 def test_a_batch_without_rows_has_no_predictions() -> None:
     student = exported("dlrm", noisy("dlrm"), "eager")
     assert {task: len(value) for task, value in student(random_batch(0)).items()} == {"click": 0, "watch": 0}

@@ -64,6 +64,27 @@ class Payload:
         check_user(user, candidates)
         return user, candidates
 
+    def retrieval(self) -> tuple[pa.Table, pa.Array]:
+        """The user's features (one row), and the ids of items to leave out.
+
+        As Arrow: two streams, the second a table of one column, ``exclude``, of any number of rows.
+
+        Raises:
+            DataError: the body is malformed, or there is more than one user; Problem: it asks for too much (413).
+        """
+        if self.media == ARROW:
+            user, excluded = read_streams(self.body, 2, self.limits.max_candidates, self.limits)
+            if excluded.column_names != ["exclude"]:
+                raise DataError("the second stream has to have one column, 'exclude', of ids; it may have no rows")
+        else:
+            found = _object(self.body, ("user", "exclude"), "the body")
+            if not isinstance(found["user"], dict):
+                raise DataError('"user" is no object; write {"user": {FEATURE: VALUE, ...}, "exclude": [ID, ...]}')
+            user = _columns("user", {name: [value] for name, value in found["user"].items()}, 1, self.limits)
+            excluded = _columns("exclude", {"exclude": found["exclude"]}, self.limits.max_candidates, self.limits)
+        check_user(user, excluded)
+        return user, excluded["exclude"].combine_chunks()
+
 
 def check_user(user: pa.Table, candidates: pa.Table) -> None:
     """One user, and no column on both sides.
