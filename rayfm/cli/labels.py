@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote, unquote, urlsplit
 
 import typer
 
@@ -23,24 +25,34 @@ Teacher = Annotated[str | None, typer.Option("--teacher", help="Only this teache
 Version = Annotated[str | None, typer.Option("--version", help="Only this version's.")]
 Period = Annotated[str | None, typer.Option("--period", help="Only this period's.")]
 Metadata = Annotated[
-    Path | None,
-    typer.Option("--metadata", metavar="FILE", help="The SQLite file with the pins; by default the run's."),
+    str | None,
+    typer.Option(
+        "--metadata",
+        metavar="URL",
+        help="Where pins are: sqlite:///PATH or zookeeper://HOST:PORT/ROOT; default: RUN's.",
+    ),
 ]
 
 
-def _store(run: str, metadata: Path | None = None) -> LabelStore:
-    """The store of a run's folder, with the run's metadata, or of a bucket."""
+@contextlib.contextmanager
+def _store(run: str, url: str | None = None) -> Iterator[LabelStore]:
+    """The store of a run's folder, with the run's metadata or that of ``url``; or of a bucket."""
     from rayfm.config import ConfigError
     from rayfm.labels.store import LabelStore
-    from rayfm.snapshots import SQLiteMetadataStore
+    from rayfm.snapshots import open_metadata
 
     if "://" not in run:
-        standing(Path(run))
-        if metadata is None and (Path(run) / "metadata.sqlite").is_file():
-            metadata = Path(run) / "metadata.sqlite"
-    if metadata is not None and not metadata.is_file():
-        raise ConfigError(f"{metadata}: no such file; give the SQLite file that holds the pins")
-    return LabelStore(run, None if metadata is None else SQLiteMetadataStore(metadata))
+        own = standing(Path(run)).absolute() / "metadata.sqlite"
+        if url is None and own.is_file():
+            url = f"sqlite://{quote(str(own))}"
+    if url is None:
+        yield LabelStore(run)
+        return
+    if url.startswith("sqlite:") and not Path(unquote(urlsplit(url).path)).is_file():
+        # A new one would know of no pins.
+        raise ConfigError(f"{url}: no such file; name the metadata store that holds the pins")
+    with contextlib.closing(open_metadata(url)) as metadata:
+        yield LabelStore(run, metadata)
 
 
 def _examples(run: str, examples: Path | None) -> Any:
@@ -82,8 +94,9 @@ def _say(text: str) -> None:
 def list_(run: Run, teacher: Teacher = None, period: Period = None) -> None:
     """List labels by teacher, period and version."""
     rows: Counter[tuple[str, str, str]] = Counter()
-    for part in _store(run).list(teacher, period):
-        rows[part.teacher, part.period, part.version] += part.rows
+    with _store(run) as store:
+        for part in store.list(teacher, period):
+            rows[part.teacher, part.period, part.version] += part.rows
     shown = [(*names, f"{count:,}") for names, count in rows.items()]
     _print(f"labels of {run}", ("teacher", "period", "version"), ("rows",), shown)
 
@@ -104,7 +117,8 @@ def coverage(
     """Labelled rows over all rows, by period, kind and traffic."""
     from rayfm.labels.coverage import coverage as count
 
-    found = count(_store(run), _examples(run, examples), teacher, version, period, task)
+    with _store(run) as store:
+        found = count(store, _examples(run, examples), teacher, version, period, task)
     short = {"impression": "imp.", "consideration": "cons."}
     rows = [
         (
@@ -136,24 +150,28 @@ def show(
     """What one version says of one period: statistics by kind and task, or rows."""
     from rayfm.labels.show import sample, statistics
 
-    store, title = _store(run), f"{teacher}@{version} for {period}"
-    if rows:
-        found = sample(store, teacher, version, period, rows)
-        numbers = [name for name in found.columns if name not in ("kind", "lane", "row", "example_id")]
-        shown = [
-            (str(row["kind"]), *(f"{row[name]:.0f}" for name in ("lane", "row", "example_id")),
-             *(_number(row[name]) for name in numbers))
-            for row in found.to_dict("records")
+    title = f"{teacher}@{version} for {period}"
+    with _store(run) as store:
+        if rows:
+            found = sample(store, teacher, version, period, rows)
+            numbers = [name for name in found.columns if name not in ("kind", "lane", "row", "example_id")]
+            shown = [
+                (
+                    str(row["kind"]),
+                    *(f"{row[name]:.0f}" for name in ("lane", "row", "example_id")),
+                    *(_number(row[name]) for name in numbers),
+                )
+                for row in found.to_dict("records")
+            ]
+            _print(title, ("kind",), ("lane", "row", "example_id", *numbers), shown)
+            return
+        summary = [
+            (
+                row.kind, row.task, f"{row.rows:,}", f"{row.labelled:,}",
+                *(_number(value) for value in (row.mean, row.std, row.low, row.high)),
+            )
+            for row in statistics(store, teacher, version, period)
         ]  # fmt: skip
-        _print(title, ("kind",), ("lane", "row", "example_id", *numbers), shown)
-        return
-    summary = [
-        (
-            row.kind, row.task, f"{row.rows:,}", f"{row.labelled:,}",
-            *(_number(value) for value in (row.mean, row.std, row.low, row.high)),
-        )
-        for row in statistics(store, teacher, version, period)
-    ]  # fmt: skip
     _print(title, ("kind", "task"), ("rows", "labelled", "mean", "std", "min", "max"), summary)
 
 
@@ -171,7 +189,8 @@ def compact(
     """Rewrite small files into large ones, with the same rows."""
     from rayfm.labels.compaction import compact as rewrite
 
-    done = rewrite(_store(run), teacher, period, target_mb << 20)
+    with _store(run) as store:
+        done = rewrite(store, teacher, period, target_mb << 20)
     if not done:
         _say("nothing to compact")
         return
@@ -203,8 +222,9 @@ def expire(
 
     values: dict[str, Any] = {"teacher": teacher, "version": version, "period": period, "before": before}
     values["keep_versions"] = keep_versions
-    store = _store(run, metadata)
-    found = take_out(store, validate(Retention, values, "labels expire"), dry_run, also_pinned)
+    retention = validate(Retention, values, "labels expire")
+    with _store(run, metadata) as store:
+        found = take_out(store, retention, dry_run, also_pinned)
     if not found:
         _say("nothing to expire")
         return
@@ -226,5 +246,6 @@ def vacuum(
     metadata: Metadata = None,
 ) -> None:
     """Delete files that no pin, no version of the table since, and no running job needs."""
-    deleted = _store(run, metadata).vacuum(hours)
+    with _store(run, metadata) as store:
+        deleted = store.vacuum(hours)
     _say(f"{len(deleted)} files deleted")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ from rayfm.config import DataError
 from rayfm.data.store import ExampleStore
 from rayfm.labels.columns import EXAMPLE_ID, KIND, LANE, VERSION, check_task, task_column
 from rayfm.labels.delta import table_tasks
-from rayfm.labels.index import LabelFile, label_files, open_file, predicted, read_columns, row_groups
+from rayfm.labels.index import LabelFile, RowGroup, label_files, open_file, predicted, read_columns, row_groups
 from rayfm.labels.store import LabelStore
 from rayfm.schema import KINDS, TRAFFIC
 
@@ -84,15 +83,14 @@ def coverage(
             by_period.setdefault(file.period, []).append(file)
     rows = []
     for name, files in sorted(by_period.items()):
-        labelled = _labelled(store, files, version, counted, every=tasks is not None)
+        makers, parts = _makers(store, files, version)
         counts: dict[tuple[str, str, str, str], list[int]] = {}
         for kind, lane, ids, traffics, codes in _lanes(examples, name):
             totals = np.bincount(codes, minlength=len(traffics))
-            for (maker, made), lanes in labelled.items():
-                known = lanes.get((kind, lane))
-                hits = np.zeros(len(traffics), np.int64)
-                if known is not None:
-                    hits = np.bincount(codes[np.isin(ids, known)], minlength=len(traffics))
+            labelled = _labelled(store, parts, version, kind, lane, counted, every=tasks is not None)
+            for maker, made in makers:
+                known = np.isin(ids, labelled[maker, made]) if (maker, made) in labelled else np.zeros(len(ids), bool)
+                hits = np.bincount(codes[known], minlength=len(traffics))
                 for traffic, hit, total in zip(traffics, hits.tolist(), totals.tolist(), strict=True):
                     count = counts.setdefault((maker, made, kind, traffic), [0, 0])
                     count[0], count[1] = count[0] + hit, count[1] + total
@@ -102,42 +100,51 @@ def coverage(
     return sorted(rows, key=lambda row: (row.teacher, row.period, row.version, order.get(row.kind, 9), row.traffic))
 
 
-def _labelled(
-    store: LabelStore, files: Sequence[LabelFile], version: str | None, tasks: tuple[str, ...], every: bool
-) -> dict[tuple[str, str], dict[tuple[str, int], Int64]]:
-    """(teacher, version) -> kind and lane -> ids of the examples that are labelled."""
-    found: dict[tuple[str, str], dict[tuple[str, int], list[Int64]]] = {}
+def _makers(
+    store: LabelStore, files: Sequence[LabelFile], version: str | None
+) -> tuple[list[tuple[str, str]], list[tuple[str, RowGroup]]]:
+    """Teachers and versions that have labelled a period, and the row groups with what they said, by teacher."""
+    makers: set[tuple[str, str]] = set()
+    parts: list[tuple[str, RowGroup]] = []
     for file in files:
-        if file.rows == 0 and file.place is not None:
-            found.setdefault((file.teacher, file.place[0]), {})
-            continue
+        if file.version.only is not None:  # also a file without rows: of a lane without
+            makers.add((file.teacher, file.version.only))
         for group in row_groups(open_file(store.files, file.path), file.path):
-            if not group.may_hold(version):
-                continue
-            columns = [
-                EXAMPLE_ID,
-                *map(task_column, tasks),
-                *(() if group.place is not None else (VERSION, KIND, LANE)),
-            ]
-            table = read_columns(store.files, group, columns)
-            ids, flag = table[EXAMPLE_ID].to_numpy(), predicted(table, every).to_numpy()
-            for (made, kind, lane), rows in _places(group.place, table):
-                if version is None or made == version:
-                    lanes = found.setdefault((file.teacher, made), {})
-                    lanes.setdefault((kind, lane), []).append(ids[rows][flag[rows]])
-    return {maker: {place: np.concatenate(parts) for place, parts in lanes.items()} for maker, lanes in found.items()}
+            if group.may_hold(version):
+                parts.append((file.teacher, group))
+                if group.version.only is None:
+                    held = pc.unique(read_columns(store.files, group, [VERSION])[VERSION]).to_pylist()
+                else:
+                    held = [group.version.only]
+                makers |= {(file.teacher, made) for made in held}
+    return sorted(maker for maker in makers if version in (None, maker[1])), parts
 
 
-def _places(place: tuple[str, str, int] | None, table: pa.Table) -> Iterator[tuple[tuple[str, str, int], Any]]:
-    """Version, kind and lane, and which rows of a row group are theirs."""
-    if place is not None:
-        yield place, slice(None)
-        return
-    names = (VERSION, KIND, LANE)
-    keys = table.select(names).group_by(list(names)).aggregate([])
-    for values in zip(*(keys[name].to_pylist() for name in names), strict=True):  # one turn a lane
-        same = [pc.equal(table[name], value).to_numpy() for name, value in zip(names, values, strict=True)]
-        yield values, same[0] & same[1] & same[2]
+def _labelled(
+    store: LabelStore,
+    parts: Sequence[tuple[str, RowGroup]],
+    version: str | None,
+    kind: str,
+    lane: int,
+    tasks: tuple[str, ...],
+    every: bool,
+) -> dict[tuple[str, str], Int64]:
+    """(teacher, version) -> ids of the examples of a lane that are labelled."""
+    found: dict[tuple[str, str], list[Int64]] = {}
+    for teacher, group in parts:
+        if not group.may_hold(version, kind, lane):
+            continue
+        place = () if group.place is not None else (VERSION, KIND, LANE)
+        table = read_columns(store.files, group, [EXAMPLE_ID, *map(task_column, tasks), *place])
+        table = table.filter(predicted(table, every))
+        if group.place is not None:
+            found.setdefault((teacher, group.place[0]), []).append(table[EXAMPLE_ID].to_numpy())
+            continue
+        table = table.filter(pc.and_(pc.equal(table[KIND], kind), pc.equal(table[LANE], lane)))
+        for made in pc.unique(table[VERSION]).to_pylist():  # one turn a version
+            ours = table.filter(pc.equal(table[VERSION], made))
+            found.setdefault((teacher, made), []).append(ours[EXAMPLE_ID].to_numpy())
+    return {maker: np.concatenate(ids) for maker, ids in found.items()}
 
 
 def _lanes(examples: ExampleStore, period: str) -> Iterator[tuple[str, int, Int64, list[str], Int64]]:

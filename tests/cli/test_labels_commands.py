@@ -160,7 +160,11 @@ def test_superseded_versions_expire_but_for_pins(run_dir, rayfm):
         (("show", "{run}", "large_teacher", OLD, PERIODS[1]), f"for period {PERIODS[1]}; it has labelled {PERIODS[0]}"),
         (("expire", "{run}"), "say what to expire: version, period, before or keep_versions"),
         (("expire", "{run}", "--before", "a/b"), "before 'a/b': use letters"),
-        (("expire", "{run}", "--version", OLD, "--metadata", "no.db"), "no.db: no such file; give the SQLite file"),
+        (
+            ("expire", "{run}", "--version", OLD, "--metadata", "sqlite:////no.db"),
+            "//no.db: no such file; name the meta",
+        ),
+        (("expire", "{run}", "--version", OLD, "--metadata", "no.db"), "write sqlite:///absolute/path or zookeeper://"),
         (("list", "gs://bucket/x"), "'gs' is no storage"),
         (("coverage", "s3://bucket/x"), "give their folder with --examples"),
         (("vacuum", "s3://bucket/x"), "vacuum needs the metadata store that holds the pins"),

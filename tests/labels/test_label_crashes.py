@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from stored_lanes import LANES, PERIOD, ROWS, all_lanes, check_complete, write
 
-from rayfm.labels import LabelLookup, LabelStore, Retention, compact, expire
+from rayfm.labels import LabelLookup, LabelStore, Retention, compact, delta, expire
 from rayfm.snapshots import SQLiteMetadataStore
 
 # A clean process that has imported all of this, and started no threads: its children start in milliseconds.
@@ -29,6 +29,7 @@ def open_store(root: Path) -> LabelStore:
 
 def work(root: Path, seed: int, progress) -> None:
     """All jobs from the start, lane by lane, with maintenance in between, in an order of the seed's."""
+    delta._CONFIGURATION["delta.checkpointInterval"] = "4"  # so that kills meet checkpoints of the log too
     store, rng = open_store(root), random.Random(seed)
     lanes = [(version, *lane) for version in VERSIONS for lane in all_lanes()]
     rng.shuffle(lanes)
@@ -101,6 +102,7 @@ def test_a_writer_killed_again_and_again_leaves_a_whole_store(tmp_path, seed):
     for version in KEPT:
         check_complete(tmp_path, version)
         assert len(store.labelled_lanes("fm", version, PERIOD)) == 2 * LANES
+    assert list((tmp_path / "labels" / "_delta_log").glob("*.checkpoint.parquet"))
     left = {str(path.relative_to(tmp_path / "labels")) for path in (tmp_path / "labels").rglob("*.parquet")}
     named = {file.path for file in _files(store)}
     assert {path for path in left if not path.startswith("_delta_log")} == named, "what kills left behind is gone"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import pickle
 import signal
@@ -17,10 +18,10 @@ from deltalake import DeltaTable, write_deltalake
 from stored_lanes import LANES, PERIOD, ROWS, TASKS, all_lanes, check_complete, lane_labels, run_job, take_out, write
 
 from rayfm.config import LabelError
-from rayfm.labels import LabelLookup, LabelStore
+from rayfm.labels import LabelLookup, LabelStore, Retention, expire
 from rayfm.labels.pins import floor, settle_floor, take
 from rayfm.schema import Task
-from rayfm.snapshots import LeaseLost, SQLiteMetadataStore
+from rayfm.snapshots import LeaseLost, SQLiteMetadataStore, open_metadata
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -301,6 +302,21 @@ def test_pins_hold_back_vacuum(guarded):
         guarded.pin("fm", "2022-04-25-aa", "late", table_version=pin.table_version)
     with pytest.raises(LeaseLost):
         guarded.extend(pin)
+
+
+def test_pins_in_zookeeper_hold_back_vacuum_and_expiry(tmp_path, zookeeper_server):
+    with contextlib.closing(open_metadata(f"zookeeper://{zookeeper_server.address}/labels/pins")) as metadata:
+        store = LabelStore(tmp_path, metadata)
+        run_job(tmp_path)
+        pin = store.pin("fm", "2022-04-25-aa", "student", ttl_s=60.0)
+        (kept,) = expire(store, Retention(version="2022-04-25-aa"))
+        assert kept.kept_for == ("student",)
+        take_out(store, "2022-04-25-aa")
+        assert store.vacuum(retention_hours=0) == []
+        store.release(store.extend(pin, 60.0))
+        assert len(store.vacuum(retention_hours=0)) == 2 * LANES
+        with pytest.raises(LabelError, match="is vacuumed"):
+            store.pin("fm", "2022-04-25-aa", "late", table_version=pin.table_version)
 
 
 def test_vacuum_never_passes_the_oldest_of_several_pins(guarded):
