@@ -10,11 +10,13 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rayfm.config import CapacityError, ConfigError, nearest
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.pipeline.plan import teacher_key
 from rayfm.pipeline.session import ray_session
+from rayfm.pipeline.tickets import metadata_path
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.token import check_bind, read_token
 
@@ -65,6 +67,8 @@ def plan_endpoints(config: PipelineConfig) -> Any:
     if not root.is_dir():
         raise ConfigError(f"{root}: there is no such run; `rayfm run` makes it")
     endpoints, serving = config.endpoints, config.serving
+    if endpoints.metadata is None:
+        endpoints = endpoints.model_copy(update={"metadata": f"sqlite://{quote(str(metadata_path(root)))}"})
     return EndpointsPlan(
         run=config.name,
         root=str(root),

@@ -10,6 +10,7 @@ from small_pipeline import small_pipeline
 from rayfm.config import CapacityError, ConfigError
 from rayfm.pipeline import endpoints
 from rayfm.pipeline.endpoints import plan_endpoints, serve, student_keys
+from rayfm.snapshots.metadata import open_metadata
 
 
 def run_of(folder, **changes):
@@ -25,12 +26,15 @@ def test_a_run_serves_all_its_models(tmp_path):
     assert [(t.name, t.model, t.cpus, t.threads) for t in plan.teachers] == [("fm", "fm.teacher.0", 0.5, 3)]
     assert plan.root == str(tmp_path / "runs" / "small")
     assert student_keys(config) == list(plan.students)
+    assert plan.endpoints.metadata == f"sqlite://{tmp_path}/runs/small/metadata.sqlite"
+    open_metadata(plan.endpoints.metadata)
 
 
 def test_or_those_that_are_named(tmp_path):
-    config = run_of(tmp_path, endpoints={"students": ["vm.direct.1"], "teachers": []})
+    store = "zookeeper://zk:2181"
+    config = run_of(tmp_path, endpoints={"students": ["vm.direct.1"], "teachers": [], "metadata": store})
     plan = plan_endpoints(config)
-    assert (plan.students, plan.teachers) == (("vm.direct.1",), ())
+    assert (plan.students, plan.teachers, plan.endpoints.metadata) == (("vm.direct.1",), (), store)
 
 
 @pytest.mark.parametrize(

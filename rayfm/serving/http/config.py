@@ -62,7 +62,7 @@ class EndpointsConfig(Config):
     """Seconds between looks for a newer version."""
     metadata: str | None = None
     """Metadata store, as a URL (``sqlite:///PATH``, ``zookeeper://HOST:PORT/ROOT``): teachers and students follow the
-    version that is `current` there, with leases, pins and rollbacks. By default they take the newest version."""
+    version that is `current` there, with leases, pins and rollbacks. By default the run's own."""
     limits: LimitsConfig = LimitsConfig()
 
     @field_validator("metadata")
