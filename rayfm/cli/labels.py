@@ -123,12 +123,12 @@ def coverage(
     rows = [
         (
             row.teacher, row.version, row.period, short.get(row.kind, row.kind), row.traffic,
-            f"{row.labelled:,}", f"{row.total:,}", _percent(row.labelled, row.total),
+            f"{row.total:,}", _percent(row.labelled, row.total),
         )
         for row in found
     ]  # fmt: skip
     left = ("teacher", "version", "period", "kind", "traffic")
-    _print(f"coverage of {run}", left, ("labelled", "rows", "share"), rows)
+    _print(f"coverage of {run}", left, ("rows", "labelled"), rows)
 
 
 def _percent(part: int, whole: int) -> str:

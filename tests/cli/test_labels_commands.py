@@ -91,6 +91,7 @@ def test_labels_are_listed_by_teacher_and_period(run_dir, rayfm):
 def test_coverage_by_period_kind_and_traffic(run_dir, rayfm):
     result = rayfm("coverage", run_dir, "--version", NEW)
     assert fits(result, "teacher")
+    assert ["large_teacher", NEW, PERIODS[0], "imp.", "feed", "102", "100.0%"] in result.rows, "nothing is folded"
     shares = [row[-1] for row in result.rows if row and row[-1].endswith("%")]
     assert len(shares) == 2 * 2 * 2
     assert shares[:4] == ["100.0%"] * 4
