@@ -55,6 +55,9 @@ OBJECTIVES = (
 )
 """Every objective, each measured alone; a test compares the list with the registry, which takes seconds to import."""
 
+FORMS = ("eager", "torchscript", "int8", "aot_bf16")
+"""What a student is served as, each against the exported module as it is."""
+
 CASES = [(model, precision) for model in ("dlrm", "dcnv2") for precision in ("fp32", "bf16")]
 LINES = [
     Line("reader/direct", "reader", ("direct",), 0.7),
@@ -64,6 +67,7 @@ LINES = [
     # Alone they are measured where a step is shortest.
     *(Line(f"objectives/{kind}", "objectives", ("dlrm", "bf16", kind), 1.10, at_most=True) for kind in OBJECTIVES),
     *(Line(f"labelling/{m}", "labelling", (m,), 0.85) for m in ("dlrm", "dcnv2")),
+    *(Line(f"serving/{m}/{form}", "serving", (m, form), 1.0) for m in ("dlrm", "dcnv2") for form in FORMS),
 ]
 
 
