@@ -245,3 +245,28 @@ def test_messages_of_clients_become_one_line():
     page = "\x1b[31mGeneric\x1b[0m S3 error\n  ↳ 404\n<?xml version='1.0'?>\n<Error><Code>NoSuchKey</Code></Error>"
     assert one_line(page) == "Generic S3 error 404 (NoSuchKey)"
     assert len(one_line("x" * 1000)) == 300
+
+
+def test_a_label_job_and_a_trainer_meet_in_a_bucket(storage, tmp_path):
+    from served_models import publish_model
+
+    from rayfm.serving.labelling import StoredLabels, label_period
+    from rayfm.serving.teacher import TeacherHere
+    from rayfm.snapshots import SnapshotStore
+    from rayfm.training.spec import PinnedLabels
+
+    version, period = "2024-01-01-0123abcd", "2024-01-02"
+    publish_model(tmp_path, "fm.teacher.0", version, seed=1)
+    examples = write_store(tmp_path, [period], impressions=120, considerations=40, lanes=2)
+    job = (SnapshotStore(tmp_path), examples, "fm", "fm.teacher.0", version, period, ("click",))
+    teacher = TeacherHere(str(tmp_path), "fm.teacher.0")
+    metadata = SQLiteMetadataStore(tmp_path / "meta.db")
+    first, second = (label_period(LabelStore(storage, metadata), *job, teacher) for _ in range(2))
+    assert first["coverage"] == {"impression": 1.0, "consideration": 1.0}
+    assert second["table_version"] == first["table_version"], "the second found its labels"
+    pinned = PinnedLabels(version=version, table_version=first["table_version"])
+    lookup = StoredLabels(storage, metadata).lookup("fm", pinned, ("click",))
+    ids = examples.open_lane(period, "impression", 1).read(["example_id"])["example_id"].to_numpy()
+    values, mask = lookup.rows(period, "impression", 1, 0, 60, ids)
+    assert mask.all()
+    assert len(np.unique(values)) > 10
