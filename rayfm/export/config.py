@@ -21,7 +21,7 @@ class Tolerance(Config):
     exact: float = Field(1e-4, gt=0)
     """Largest absolute difference of a probability in the forms that compute in fp32: rounding of sums in another
     order, and nothing else."""
-    reduced: float = Field(0.01, gt=0)
+    reduced: float = Field(0.005, gt=0)
     """Largest absolute difference of a probability in int8 and bf16. Of a regression, in both: the difference over the
     largest absolute prediction of the trained model, or over 1 where that is smaller."""
     calibration: float = Field(0.005, gt=0)
@@ -36,8 +36,11 @@ class CompileConfig(Config):
     """How a student is compiled where it is served."""
 
     compile: Literal["auto"] | Form = "auto"
-    """``auto`` times every form on the serving machine and keeps the fastest that passes the check; or one form, which
+    """``auto`` times the forms on the serving machine and keeps the fastest that passes the check; or one form, which
     is refused where it does not pass. ``aot_bf16`` needs a C++ compiler."""
+    native: bool = False
+    """Whether ``auto`` tries ``aot_bf16`` too: the first version of an architecture that a machine meets then waits for
+    the compiler, a minute or so."""
     tolerance: Tolerance = Tolerance()
     """A form further from the trained model is never served."""
     candidates: int = Field(1000, ge=2, le=10_000)

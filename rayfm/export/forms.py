@@ -9,6 +9,7 @@ alone, so it is compiled once (`rayfm.export.compiled`) and every later version 
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from rayfm.config import ConfigError
 from rayfm.export.compiled import Architecture, load_compiled
 from rayfm.export.config import CompileConfig, Form
 from rayfm.export.ports import DensePart
+
+log = logging.getLogger(__name__)
 
 Predict = Callable[..., tuple[Tensor, ...]]
 """The ports' tensors (of at least one row) to a tensor ``[B]`` a task."""
@@ -40,7 +43,11 @@ def available_forms(config: CompileConfig) -> tuple[Form, ...]:
         if config.compile in lacks:
             raise ConfigError(f"compile: {config.compile} {lacks[config.compile]}")
         return (config.compile,)
-    forms: tuple[Form, ...] = ("eager", "torchscript", "int8", "aot_bf16")
+    forms: tuple[Form, ...] = ("eager", "torchscript", "int8")
+    if config.native:
+        if "aot_bf16" in lacks:
+            log.warning("compile.native: aot_bf16 %s", lacks["aot_bf16"])
+        forms = (*forms, "aot_bf16")
     return tuple(form for form in forms if form not in lacks)
 
 
@@ -48,7 +55,7 @@ def _lacks() -> dict[str, str]:
     """Form -> why it cannot be made here, and what to do."""
     lacks = {}
     if compiler() is None:
-        lacks["aot_bf16"] = "needs a C++ compiler, and there is no g++ or clang++; install g++, or take 'auto'"
+        lacks["aot_bf16"] = "needs a C++ compiler, and there is no g++ or clang++; install g++, or name another form"
     if torch.backends.quantized.engine == "none":
         lacks["int8"] = "needs a quantized engine, which this build of torch has not; take 'auto'"
     return lacks

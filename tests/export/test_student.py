@@ -17,6 +17,7 @@ from rayfm.export.calibrator import Calibrator
 from rayfm.export.check import calibration_shift, difference
 from rayfm.export.compiled import Architecture, cache_folder, package_path
 from rayfm.export.config import CompileConfig, Tolerance
+from rayfm.export.forms import available_forms
 from rayfm.export.rows import CheckRows, only_inputs
 from rayfm.export.served import ServedModel
 from rayfm.export.student import ExportedStudent, check_export, export_student
@@ -171,8 +172,7 @@ def test_tables_are_merged_and_not_kept_twice() -> None:
     assert torch.equal(merged[: len(tables[0])], next(t for t in tables if torch.equal(t, merged[: len(t)])))
 
 
-def test_auto_keeps_the_fastest_of_the_right_forms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms_module, "compiler", lambda: None)
+def test_auto_keeps_the_fastest_of_the_right_forms() -> None:
     student = exported("dcnv2", noisy("dcnv2"), "auto", candidates=64)
     assert set(student.results) == {"eager", "torchscript", "int8"}
     timed = {form: r.seconds for form, r in student.results.items() if r.seconds is not None}
@@ -182,7 +182,6 @@ def test_auto_keeps_the_fastest_of_the_right_forms(monkeypatch: pytest.MonkeyPat
 
 def test_a_form_that_is_off_is_never_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """int8 is fastest here, and wrong by a little more than may be."""
-    monkeypatch.setattr(forms_module, "compiler", lambda: None)
 
     def fast_and_wrong(part: torch.nn.Module) -> torch.nn.Module:
         class Wrong(torch.nn.Module):
@@ -205,7 +204,6 @@ def test_a_form_that_is_off_is_never_served(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_form_that_cannot_be_made_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms_module, "compiler", lambda: None)
 
     def broken(part: torch.nn.Module) -> None:
         raise RuntimeError("no such operator\nand more")
@@ -220,6 +218,17 @@ def test_aot_without_a_compiler_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(forms_module.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"compile: aot_bf16 needs a C.. compiler.*install g.."):
         exported("dlrm", noisy("dlrm"), "aot_bf16")
+
+
+def test_auto_tries_native_code_where_it_is_told_and_can(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    native = CompileConfig(native=True)
+    monkeypatch.setattr(forms_module.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert available_forms(CompileConfig()) == FORMS
+    assert available_forms(native) == (*FORMS, "aot_bf16")
+    monkeypatch.setattr(forms_module.shutil, "which", lambda name: None)
+    with caplog.at_level("WARNING"):
+        assert available_forms(native) == FORMS
+    assert "install g++" in caplog.text
 
 
 def test_weights_that_were_not_trained_are_refused() -> None:
