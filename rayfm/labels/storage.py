@@ -24,7 +24,7 @@ from rayfm.config import Config, ConfigError, LabelError, validate
 FOLDER = "labels"
 """The table's folder below the root."""
 
-KEPT_FOOTERS = 256
+KEPT_FOOTER_BYTES = 32 << 20
 """Footers of data files that stay in memory: a compacted file is opened for each of its lanes."""
 
 _S3 = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/?#\s]+)*/?")
@@ -175,6 +175,7 @@ class _Footers:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, pq.FileMetaData] = OrderedDict()
+        self._bytes = 0
         self._lock = threading.Lock()
 
     def open(self, path: str, source: Any, **how: Any) -> pq.ParquetFile:
@@ -182,10 +183,12 @@ class _Footers:
             known = self._kept.get(path)
         file = pq.ParquetFile(source, metadata=known, **how)
         with self._lock:
-            self._kept[path] = file.metadata
+            if path not in self._kept:
+                self._kept[path] = file.metadata
+                self._bytes += file.metadata.serialized_size
             self._kept.move_to_end(path)
-            while len(self._kept) > KEPT_FOOTERS:
-                self._kept.popitem(last=False)
+            while self._bytes > KEPT_FOOTER_BYTES and len(self._kept) > 1:
+                self._bytes -= self._kept.popitem(last=False)[1].serialized_size
         return file
 
 

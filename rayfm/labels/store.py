@@ -31,7 +31,7 @@ from rayfm.labels.lane_file import LaneRecord, write_lane_file
 from rayfm.labels.pins import Pin
 from rayfm.labels.storage import Storage, one_line
 from rayfm.schema import Kind, Task
-from rayfm.snapshots.metadata.base import MetadataStore
+from rayfm.snapshots.metadata.base import Lease, MetadataStore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,20 +292,32 @@ class LabelStore:
         Raises:
             LabelError: nothing is labelled by that teacher version, or vacuum has passed the table version.
         """
-        table = self.open(table_version)
-        if table is None:
-            raise LabelError(f"{self.storage.table}: no labels yet; run `rayfm label` first")
-        number = table.version()
-        lease = None
-        if self.metadata is not None:
-            lease = pins.take(self.metadata, number, teacher, version, owner, ttl_s)
+        table, lease = self._held(teacher, version, owner, ttl_s, table_version)
         try:
             self.check_stored(table, teacher, version)
         except BaseException:
             if self.metadata is not None and lease is not None:
                 self.metadata.release(lease)
             raise
-        return Pin(self.storage, number, teacher, version, lease)
+        return Pin(self.storage, table.version(), teacher, version, lease)
+
+    def _held(
+        self, teacher: str, version: str, owner: str, ttl_s: float, table_version: int | None
+    ) -> tuple[DeltaTable, Lease | None]:
+        """A version of the table, and the lease on it."""
+        while True:
+            table = self.open(table_version)
+            if table is None:
+                raise LabelError(f"{self.storage.table}: no labels yet; run `rayfm label` first")
+            if self.metadata is None:
+                return table, None
+            try:
+                return table, pins.take(self.metadata, table.version(), teacher, version, owner, ttl_s)
+            except LabelError:
+                newest = self.open()
+                if table_version is not None or newest is None or newest.version() == table.version():
+                    raise
+                # Others committed and vacuumed since the newest version was loaded: take the one that is newest now.
 
     def check_stored(self, table: DeltaTable, teacher: str, version: str, period: str | None = None) -> None:
         """Refuse a teacher version of which a version of the table has no labels (of a period).

@@ -8,7 +8,7 @@ import pytest
 from deltalake import DeltaTable
 
 from rayfm.config import LabelError
-from rayfm.labels import LabelLookup, LabelStore, lane_file
+from rayfm.labels import LabelLookup, LabelStore, lane_file, storage
 from rayfm.schema import Task
 
 TASKS = (Task(name="click"), Task(name="like"))
@@ -202,3 +202,17 @@ def test_nothing_to_look_up(tmp_path):
         LabelLookup((tmp_path, None), "fm", "v1", ())
     with pytest.raises(LabelError, match="version 7"):
         LabelLookup((tmp_path, 7), "fm", "v1", ("click",))
+
+
+def test_footers_beyond_what_is_kept_are_read_again(tmp_path, monkeypatch):
+    ids = [example_ids(200, lane) for lane in range(4)]
+    store_lanes(tmp_path, *map(labels_of, ids))
+    monkeypatch.setattr(storage, "KEPT_FOOTER_BYTES", 1)
+    lookup = LabelLookup((tmp_path, None), "fm", "v1", ("click", "like"))
+    for start in range(0, 200, 50):
+        for lane in range(4):
+            values, _ = lookup.rows(PERIOD, "impression", lane, start, start + 50, ids[lane][start : start + 50])
+            np.testing.assert_array_equal(values, predictions(ids[lane][start : start + 50]))
+    footers = lookup._data._footers
+    assert len(footers._kept) == 1
+    assert footers._bytes == next(iter(footers._kept.values())).serialized_size

@@ -18,7 +18,7 @@ from deltalake import DeltaTable, write_deltalake
 from stored_lanes import LANES, PERIOD, ROWS, TASKS, all_lanes, check_complete, lane_labels, run_job, take_out, write
 
 from rayfm.config import LabelError
-from rayfm.labels import LabelLookup, LabelStore, Retention, expire
+from rayfm.labels import LabelLookup, LabelStore, Retention, expire, pins
 from rayfm.labels.pins import floor, settle_floor, take
 from rayfm.schema import Task
 from rayfm.snapshots import LeaseLost, SQLiteMetadataStore, open_metadata
@@ -375,6 +375,22 @@ def test_pinning_what_is_not_there_is_refused(guarded):
     pin = guarded.pin("fm", "2022-04-25-aa", "me")
     with pytest.raises(LabelError, match="pin is of"):
         LabelLookup(pin, "fm", "other", ("click",))
+
+
+def test_whoever_asks_for_the_newest_table_gets_the_one_that_is_newest_then(guarded, monkeypatch):
+    """A commit and a vacuum between loading the newest table and taking its lease."""
+    run_job(guarded.root)
+    real, calls = pins.take, []
+
+    def take_late(*arguments):
+        if not calls:
+            calls.append(guarded.commit([write(guarded.root, version="v2")]))
+            guarded.vacuum(retention_hours=0)
+        return real(*arguments)
+
+    monkeypatch.setattr(pins, "take", take_late)
+    assert guarded.pin("fm", "2022-04-25-aa", "student").table_version == calls[0].table_version
+    assert len(guarded.metadata.leases("labels/pins/")) == 1
 
 
 def test_the_floor_yields_to_a_pin_taken_while_it_was_proposed(tmp_path):
