@@ -37,10 +37,14 @@ def show(serving: Serving, config: PipelineConfig, production: bool) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("endpoint", "version"):
         table.add_column(column, overflow="fold")
-    for kind, path in (("models", "models"), ("teachers", "teachers")):
+    for kind, path, call in (
+        ("models", "models", "score"),
+        ("retrieval", "models", "retrieve"),
+        ("teachers", "teachers", "score"),
+    ):
         for name, version in serving.ready.get(kind, {}).items():
             waiting = "not in memory" if kind == "models" else "none yet"
-            table.add_row(f"POST {serving.url}/v1/{path}/{name}:score", version or f"[yellow]{waiting}")
+            table.add_row(f"POST {serving.url}/v1/{path}/{name}:{call}", version or f"[yellow]{waiting}")
     console.print(table)
     console.print(f"pages  {serving.url}/docs   health  {serving.url}/healthz  {serving.url}/readyz")
     if serving.grpc is not None:

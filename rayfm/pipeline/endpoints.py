@@ -67,6 +67,7 @@ def plan_endpoints(config: PipelineConfig) -> Any:
     if not root.is_dir():
         raise ConfigError(f"{root}: there is no such run; `rayfm run` makes it")
     endpoints, serving = config.endpoints, config.serving
+    _chosen(tuple(endpoints.retrieval), student_keys(config), "endpoints.retrieval")
     if endpoints.metadata is None:
         endpoints = endpoints.model_copy(update={"metadata": f"sqlite://{quote(str(metadata_path(root)))}"})
     return EndpointsPlan(
@@ -84,6 +85,7 @@ def plan_endpoints(config: PipelineConfig) -> Any:
             )
             for name in _chosen(endpoints.teachers, list(config.teachers), "endpoints.teachers")
         ),
+        store=str(Path(config.storage).absolute()),
         endpoints=endpoints,
     )
 

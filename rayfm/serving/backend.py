@@ -14,6 +14,7 @@ from rayfm.serving.http.codecs import Payload
 from rayfm.serving.http.config import LimitsConfig
 from rayfm.serving.http.problems import Problem, unavailable
 from rayfm.serving.http.queue import Deadline, Queue, too_late
+from rayfm.serving.item_service import Retrievers
 from rayfm.serving.student import Students
 
 STATUS_S = 2.0
@@ -43,10 +44,17 @@ class ScoringBackend:
         students: what this process serves.
         teachers: name -> its service.
         limits: how many requests may wait for teachers.
+        items: the two-towers that retrieve, for the status.
     """
 
-    def __init__(self, students: Students, teachers: Mapping[str, Teacher], limits: LimitsConfig) -> None:
-        self.students, self.teachers = students, dict(teachers)
+    def __init__(
+        self,
+        students: Students,
+        teachers: Mapping[str, Teacher],
+        limits: LimitsConfig,
+        items: Retrievers | None = None,
+    ) -> None:
+        self.students, self.teachers, self.items = students, dict(teachers), items
         self._waiting = Queue(limits.max_queue)
 
     async def score_student(self, model: str, payload: Payload, deadline: Deadline) -> Scored:
@@ -87,10 +95,16 @@ class ScoringBackend:
 
         versions = await asyncio.gather(*(ask(service) for service in self.teachers.values()))
         teachers = dict(zip(self.teachers, versions, strict=True))
+        found = {"models": self.students.versions(), "teachers": teachers}
         ready = self.students.ready and None not in versions
-        return ready, {"models": self.students.versions(), "teachers": teachers}
+        if self.items is not None and self.items.models:
+            found["retrieval"] = self.items.versions()
+            ready = ready and None not in found["retrieval"].values()
+        return ready, found
 
     def close(self) -> None:
         """Stop scoring."""
         self.students.close()
+        if self.items is not None:
+            self.items.close()
         self._waiting.close()

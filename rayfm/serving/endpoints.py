@@ -12,11 +12,13 @@ from rayfm.client.wire import Scored
 from rayfm.config import Config, ConfigError
 from rayfm.serving.application import application_name, check_port, start_teacher, teacher_handle
 from rayfm.serving.backend import ScoringBackend, Teacher
-from rayfm.serving.follow import student_follower
+from rayfm.serving.follow import item_follower, student_follower
 from rayfm.serving.http.app import create_app
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.problems import Problem, unavailable
 from rayfm.serving.http.token import TokenCheck, check_bind
+from rayfm.serving.item_service import Retrievers
+from rayfm.serving.retrieval import retrieve_router
 from rayfm.serving.student import Students
 from rayfm.serving.teacher import TeacherServiceConfig
 
@@ -44,6 +46,8 @@ class EndpointsPlan(Config):
     students: tuple[str, ...]
     """Keys in the snapshot store."""
     teachers: tuple[TeacherPlan, ...]
+    store: str | None = None
+    """Folder of the example store, whose items are retrieved where no catalogue is named."""
     endpoints: EndpointsConfig = EndpointsConfig()
 
 
@@ -105,10 +109,15 @@ class EndpointsReplica:
         config = self.plan.endpoints
         torch.set_num_threads(config.threads)
         self._token = token
+        students = Students(self.plan.root, self.plan.students, config, student_follower(self.plan.root, config))
+        follow_items = item_follower(self.plan.root, self.plan.store, config)
+        self._items = Retrievers(tuple(config.retrieval), follow_items)
+        self._retrieve = retrieve_router(self._items.by_model(), config.limits, students.queue)
         self._backend = ScoringBackend(
-            Students(self.plan.root, self.plan.students, config, student_follower(self.plan.root, config)),
+            students,
             {teacher.name: ServedTeacher(self.plan.run, teacher.name) for teacher in self.plan.teachers},
             config.limits,
+            self._items,
         )
         self._grpc: Any = None
         if config.grpc_port is not None:
@@ -118,7 +127,8 @@ class EndpointsReplica:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve asks for the app once the replica is made."""
-        return create_app(self._backend, self.plan.endpoints.limits, self._token)
+        routers = [self._retrieve] if self._items.models else []
+        return create_app(self._backend, self.plan.endpoints.limits, self._token, routers)
 
     async def ScoreStudent(self, request: Any, grpc_context: Any) -> Any:
         """gRPC: a student's predictions."""

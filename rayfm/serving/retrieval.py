@@ -19,13 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from fastapi import APIRouter, Path, Query
-from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
 from rayfm.client.wire import TIMEOUT_HEADER, Scored
-from rayfm.config import Config, ConfigError, DataError, nearest
+from rayfm.config import ConfigError, DataError, nearest
 from rayfm.data.batch import Batch
 from rayfm.data.store import ExampleStore
 from rayfm.export.student import ExportedStudent
@@ -37,38 +36,15 @@ from rayfm.serving.http.codecs import Payload, encode, media_of, reply_headers, 
 from rayfm.serving.http.config import LimitsConfig
 from rayfm.serving.http.problems import Problem
 from rayfm.serving.http.queue import Deadline, Queue
-from rayfm.serving.item_index import FloatArray, IndexConfig, VectorIndex, build_index
+from rayfm.serving.item_index import FloatArray, VectorIndex, build_index
 from rayfm.serving.requests import check_complete, conform_columns, fill_columns
+from rayfm.serving.retrieval_config import RetrievalConfig
 from rayfm.serving.teacher import LoadedVersion, load_version
 from rayfm.snapshots.load import SnapshotStore
 
 log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 8192
-
-
-class RetrievalConfig(Config):
-    """Which items a two-tower retrieves, and how."""
-
-    item: str | None = None
-    """The feature whose value a reply names items by; by default the item tower's only feature of kind sparse."""
-    catalogue: str | None = None
-    """Parquet file or folder with a row an item: the columns of the item tower's features. By default the distinct
-    items of the example store's latest periods."""
-    periods: int = Field(7, ge=1)
-    """How many periods, where there is no catalogue."""
-    weights: dict[str, float] = {}
-    """Task -> its weight in a request that names no task: items are ranked by the weighted sum of calibrated logits.
-    By default the first task alone."""
-    max_k: int = Field(1000, ge=1, le=10_000)
-    """Most items of a reply."""
-    index: IndexConfig = IndexConfig()
-
-    @model_validator(mode="after")
-    def _weighs_something(self) -> RetrievalConfig:
-        if self.weights and not any(self.weights.values()):
-            raise ValueError("weights: all are 0; give one task another, or leave them out")
-        return self
 
 
 class Retrieved(NamedTuple):

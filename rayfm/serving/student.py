@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from rayfm.client.wire import Scored
 from rayfm.config import SnapshotError, nearest
 from rayfm.serving.broadcast import encode_candidates
+from rayfm.serving.exported import load_exported
 from rayfm.serving.http.codecs import Payload, check_finite
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.problems import Problem, unavailable
@@ -45,14 +47,16 @@ class Students:
         root: str,
         models: Sequence[str],
         config: EndpointsConfig,
-        follow: Callable[[str], Follower] | None = None,
+        follow: Callable[[str], Follower[LoadedVersion]] | None = None,
         queue: Queue | None = None,
     ) -> None:
         store = SnapshotStore(root)
         self.models = tuple(check_name("model", model) for model in models)
         # One thread: torch's own threads do the work, and two forwards side by side would only take turns.
         self.queue = queue or Queue(config.limits.max_queue)
-        self._shelf = Shelf(follow or (lambda model: NewestFollower(store, model, config.poll_s)), config.max_loaded)
+        load = partial(load_exported, config=config.compile)
+        newest = partial(NewestFollower, store, poll_s=config.poll_s, load=load)
+        self._shelf: Shelf[LoadedVersion] = Shelf(follow or newest, config.max_loaded)
         for model in self.models[: config.max_loaded]:
             self._shelf.get(model)
 

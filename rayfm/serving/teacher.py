@@ -176,7 +176,7 @@ class TeacherService:
         # One thread: torch's own threads do the work, and two forwards side by side would only take turns.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayfm-score")
         self._current: str | None = None
-        self._follower: Follower | None = None
+        self._follower: Follower[LoadedVersion] | None = None
         self._loader: Loader[LoadedVersion] | None = None
         if self.config.metadata is not None:
             from rayfm.serving.follow import follow_current

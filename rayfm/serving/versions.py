@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +25,20 @@ from rayfm.snapshots.load import SnapshotStore
 log = logging.getLogger(__name__)
 
 
-class Follower(Protocol):
+class Versioned(Protocol):
+    """What answers for a version."""
+
+    @property
+    def version(self) -> str: ...
+
+
+AnswersT = TypeVar("AnswersT", bound=Versioned, covariant=True)
+
+
+class Follower(Protocol[AnswersT]):
     """Keeps the version of one model that answers up to date, in a thread of its own."""
 
-    def current(self) -> LoadedVersion:
+    def current(self) -> AnswersT:
         """The version that answers from now on.
 
         Raises:
@@ -121,7 +131,7 @@ class NewestFollower:
                 log.error("%s: looking for a newer version failed: %s", self.model, error)
 
 
-class Shelf:
+class Shelf(Generic[AnswersT]):
     """Several models in one process, at most ``limit`` of them in memory: the one used longest ago leaves.
 
     A model is loaded in a thread of the shelf's, so that requests for the others go on meanwhile.
@@ -131,14 +141,14 @@ class Shelf:
         limit: how many models are kept.
     """
 
-    def __init__(self, follow: Callable[[str], Follower], limit: int) -> None:
+    def __init__(self, follow: Callable[[str], Follower[AnswersT]], limit: int) -> None:
         self._follow, self.limit = follow, limit
         self._lock = threading.Lock()
-        self._slots: OrderedDict[str, Future[Follower]] = OrderedDict()
+        self._slots: OrderedDict[str, Future[Follower[AnswersT]]] = OrderedDict()
 
-    def get(self, model: str) -> Future[Follower]:
+    def get(self, model: str) -> Future[Follower[AnswersT]]:
         """The model's follower, once it is there. One load runs for all that ask; one that failed is tried again."""
-        leaving: list[Future[Follower]] = []
+        leaving: list[Future[Follower[AnswersT]]] = []
         with self._lock:
             slot = self._slots.get(model)
             if slot is not None and slot.done() and slot.exception() is not None:
@@ -173,13 +183,13 @@ class Shelf:
         for slot in slots:
             slot.add_done_callback(_close)
 
-    def _open(self, model: str, slot: Future[Follower]) -> None:
+    def _open(self, model: str, slot: Future[Follower[AnswersT]]) -> None:
         try:
             slot.set_result(self._follow(model))
         except BaseException as error:
             slot.set_exception(error)
 
 
-def _close(slot: Future[Follower]) -> None:
+def _close(slot: Future[Follower[AnswersT]]) -> None:
     if slot.exception() is None:
         slot.result().close()

@@ -11,6 +11,7 @@ from served_models import LocalTeacher, as_examples, candidate_rows, predictions
 
 from rayfm.client.wire import ARROW, Scored, write_stream, write_streams
 from rayfm.config import ConfigError, DataError, SnapshotError
+from rayfm.export.config import CompileConfig
 from rayfm.serving.backend import ScoringBackend
 from rayfm.serving.endpoints import EndpointsPlan, endpoints_name, start_endpoints
 from rayfm.serving.http.codecs import Payload
@@ -57,7 +58,7 @@ def models(root):
 
 @pytest.fixture
 def students(root, models):
-    service = Students(str(root), (STUDENT,), EndpointsConfig(limits=LIMITS))
+    service = Students(str(root), (STUDENT,), EndpointsConfig(limits=LIMITS, compile=CompileConfig(compile="eager")))
     yield service
     service.close()
 

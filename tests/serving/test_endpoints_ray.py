@@ -14,6 +14,7 @@ from example_store import every_feature_rows
 from served_models import as_examples, candidate_rows, predictions, publish_model, user_row
 
 from rayfm.client import Client, GrpcClient, InvalidRequest, NotFound, Unauthorized
+from rayfm.export.config import CompileConfig
 from rayfm.serving.endpoints import EndpointsPlan, TeacherPlan, endpoints_name, start_endpoints, stop_endpoints
 from rayfm.serving.http.config import EndpointsConfig
 
@@ -47,7 +48,14 @@ def served(ray_session, tmp_path):
         root=str(tmp_path),
         students=STUDENTS,
         teachers=(TeacherPlan(name="fm", model=TEACHER),),
-        endpoints=EndpointsConfig(http_port=free_port(), grpc_port=free_port(), cpus=0.25, poll_s=0.2),
+        endpoints=EndpointsConfig(
+            http_port=free_port(),
+            grpc_port=free_port(),
+            cpus=0.25,
+            poll_s=0.2,
+            metadata=f"sqlite://{tmp_path}/metadata.sqlite",
+            compile=CompileConfig(compile="torchscript"),
+        ),
     )
     serve.shutdown()  # the ports of a Serve that runs cannot be changed
     start_endpoints(plan, TOKEN)

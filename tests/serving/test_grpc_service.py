@@ -13,6 +13,7 @@ from served_models import LocalTeacher, as_examples, candidate_rows, predictions
 
 from rayfm.client import DeadlineExceeded, GrpcClient, InvalidRequest, NotFound, Overloaded, Retries, Unauthorized
 from rayfm.client.proto import scoring_pb2, scoring_pb2_grpc
+from rayfm.export.config import CompileConfig
 from rayfm.serving.backend import ScoringBackend
 from rayfm.serving.grpc.service import ScoringService
 from rayfm.serving.http.config import EndpointsConfig, LimitsConfig
@@ -60,7 +61,9 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(models):
-    students = Students(str(models[0]), (STUDENT,), EndpointsConfig(limits=LIMITS))
+    students = Students(
+        str(models[0]), (STUDENT,), EndpointsConfig(limits=LIMITS, compile=CompileConfig(compile="eager"))
+    )
     backend = ScoringBackend(students, {"fm": LocalTeacher(models[0], TEACHER)}, LIMITS)
     server = Server(ScoringService(backend, LIMITS, TokenCheck(TOKEN)))
     yield server

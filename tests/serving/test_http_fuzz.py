@@ -16,6 +16,7 @@ from served_models import CANDIDATE_COLUMNS, USER_COLUMNS, LocalTeacher, candida
 from starlette.testclient import TestClient
 
 from rayfm.client.wire import ARROW, JSON, PROBLEM, TIMEOUT_HEADER, VERSION_HEADER, write_streams
+from rayfm.export.config import CompileConfig
 from rayfm.serving.backend import ScoringBackend
 from rayfm.serving.http.app import create_app
 from rayfm.serving.http.config import EndpointsConfig, LimitsConfig
@@ -37,7 +38,7 @@ def app(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     for seed, name in enumerate((STUDENT, TEACHER)):
         publish_model(root, name, "v1", seed)
-    students = Students(str(root), (STUDENT,), EndpointsConfig(limits=LIMITS))
+    students = Students(str(root), (STUDENT,), EndpointsConfig(limits=LIMITS, compile=CompileConfig(compile="eager")))
     backend = ScoringBackend(students, {"fm": LocalTeacher(root, TEACHER)}, LIMITS)
     yield create_app(backend, LIMITS)
     backend.close()

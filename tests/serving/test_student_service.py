@@ -10,6 +10,7 @@ from served_models import SCHEMA, as_examples, candidate_rows, predictions, publ
 
 from rayfm.client.wire import ARROW, write_streams
 from rayfm.config import DataError, SnapshotError
+from rayfm.export.config import CompileConfig
 from rayfm.serving.http.codecs import Payload
 from rayfm.serving.http.config import EndpointsConfig, LimitsConfig
 from rayfm.serving.http.problems import Problem
@@ -19,7 +20,7 @@ from rayfm.serving.teacher import load_version
 from rayfm.serving.versions import NewestFollower, warm
 from rayfm.snapshots import SnapshotStore
 
-CONFIG = EndpointsConfig(poll_s=0.02, max_loaded=2)
+CONFIG = EndpointsConfig(poll_s=0.02, max_loaded=2, compile=CompileConfig(compile="torchscript"))
 USER, CANDIDATES = user_row(), candidate_rows(30)
 BODY = write_streams([USER, CANDIDATES])
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from rayfm.config import Config
+from rayfm.export.config import CompileConfig
+from rayfm.serving.retrieval_config import RetrievalConfig
 from rayfm.snapshots.metadata import check_metadata_url
 
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
@@ -63,6 +65,10 @@ class EndpointsConfig(Config):
     metadata: str | None = None
     """Metadata store, as a URL (``sqlite:///PATH``, ``zookeeper://HOST:PORT/ROOT``): teachers and students follow the
     version that is `current` there, with leases, pins and rollbacks. By default the run's own."""
+    compile: CompileConfig = CompileConfig()
+    """In what form students are served."""
+    retrieval: dict[str, RetrievalConfig] = {}
+    """Key of a two-tower -> which items it retrieves: it answers ``:retrieve`` too."""
     limits: LimitsConfig = LimitsConfig()
 
     @field_validator("metadata")
