@@ -21,7 +21,8 @@ from rayfm.export.forms import available_forms
 from rayfm.export.rows import CheckRows, only_inputs
 from rayfm.export.served import ServedModel
 from rayfm.export.student import ExportedStudent, check_export, export_student
-from rayfm.models import Model
+from rayfm.models import MODELS, Model
+from rayfm.models.histories import HistoryFeature
 from rayfm.models.synthetic import synthetic_batch
 from rayfm.schema import Schema
 
@@ -62,6 +63,10 @@ def trained_predictions(model: Model, batch: Batch) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         logits = model(batch).logits
     return {"click": torch.sigmoid(0.7 * logits["click"] - 0.4), "watch": logits["watch"]}
+
+
+def test_every_model_is_tried() -> None:
+    assert set(SIZES) == set(MODELS)
 
 
 @pytest.mark.parametrize("kind", sorted(SIZES))
@@ -158,6 +163,37 @@ def test_features_may_come_in_another_order_and_with_others() -> None:
     torch.testing.assert_close(student(shuffled)["click"], expected, rtol=0, atol=2e-6)
     with pytest.raises(DataError, match="the batch lacks feature 'user'"):
         student(dataclasses.replace(batch, sparse=None))
+
+
+@pytest.mark.parametrize("kind", ["dlrm", "dmin", "fm"])
+def test_histories_are_read_as_in_training(kind: str, tmp_path: Path) -> None:
+    histories = (
+        HistoryFeature(teacher="big", key="user", width=5),
+        HistoryFeature(teacher="big", key="video", width=3),
+    )
+    names = tuple((history.name, history.width or 0) for history in reversed(histories))
+    config = small_config(kind, histories=histories)
+    model = noisy(kind, histories=histories)
+    generator = torch.Generator().manual_seed(3)
+    batch = dataclasses.replace(
+        random_batch(40, seed=6),
+        representation=torch.randn(40, 8, generator=generator),
+        representation_mask=torch.rand(40, 2, generator=generator) < 0.5,
+        representation_widths=names,
+    )
+    with torch.no_grad():
+        rows = CheckRows(only_inputs(batch, None, 40), model(batch).logits)
+        without = torch.sigmoid(model(random_batch(40, seed=6)).logits["click"])
+    rows.save(tmp_path / "rows.safetensors")
+    options = CompileConfig(compile="torchscript")
+    student = export_student(
+        config, SCHEMA, TASKS, dict(model.state_dict()), options, CheckRows.load(tmp_path / "rows.safetensors")
+    )
+    expected = torch.sigmoid(rows.logits["click"])
+    assert not torch.allclose(expected, without, atol=1e-3)
+    torch.testing.assert_close(student(batch)["click"], expected, rtol=0, atol=2e-6)
+    # A request without any history is one of entities that nobody has seen.
+    torch.testing.assert_close(student(random_batch(40, seed=6))["click"], without, rtol=0, atol=2e-6)
 
 
 def test_tables_are_merged_and_not_kept_twice() -> None:
