@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 
-from rayfm.cli.display import console
+import typer
+
 from rayfm.pipeline.config import RayConfig
 from rayfm.pipeline.session import ray_session
 from rayfm.serving.application import start_teacher, stop_teacher
@@ -27,14 +28,14 @@ def serve_until_stopped(config: NearLineConfig, port: int, address: str | None =
     metadata = None if config.metadata is None else open_metadata(config.metadata)
     version = Versions(SnapshotStore(config.root), config.model, config.version, metadata).current().version
     stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
     with ray_session(RayConfig(address=address)):
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ray's start sets handlers of its own
+            signal.signal(number, lambda *_: stopped.set())
         url = start_intake([config], port)
         service = TeacherServiceConfig(root=config.root, model=config.model, metadata=config.metadata)
         start_teacher(config.run, config.teacher, service)
         start_consumers(config)
-        console.print(f"labelling with {config.model}@{version}: POST {url}/v1/teachers/{config.teacher}/label")
+        typer.echo(f"labelling with {config.model}@{version}: POST {url}/v1/teachers/{config.teacher}/label")
         stopped.wait()
         stop_nearline(config)
         stop_teacher(config.run, config.teacher)
