@@ -26,7 +26,10 @@ def _open(path: Path) -> tuple[Any, Any]:
 @app.command("serve")
 def serve(
     file: Settings,
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="HTTP port of the loopback interface.")] = 8000,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="HTTP port.")] = 8000,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; beyond loopback RAYFM_TOKEN must hold a token.")
+    ] = "127.0.0.1",
     address: Annotated[
         str | None, typer.Option("--address", help="A Ray cluster; by default a Ray of its own.")
     ] = None,
@@ -34,7 +37,7 @@ def serve(
     """Take posts, and label them, until it is stopped; what is accepted waits on disk for the next start."""
     from rayfm.cli.serving_nearline import serve_until_stopped
 
-    serve_until_stopped(_open(file)[0], port, address)
+    serve_until_stopped(_open(file)[0], port, host, address)
 
 
 @app.command("status")

@@ -80,7 +80,7 @@ def test_dead_letters_are_listed_exported_replayed_and_discarded(file, spool, tm
     assert spool.dead_letters() == []
 
 
-def test_what_cannot_be_replayed_says_why(file, spool, tmp_path):
+def test_what_cannot_be_done_says_why(file, spool, monkeypatch):
     spool.bury(spool.accept(ROWS, "v1"), "no such id")
     with pytest.raises(ConfigError, match="name the tickets"):
         run("replay", file, "--discard")
@@ -90,6 +90,9 @@ def test_what_cannot_be_replayed_says_why(file, spool, tmp_path):
         run("replay", file, "0" * 32)
     with pytest.raises(SnapshotError, match="no snapshot of"):
         run("serve", file)
+    monkeypatch.delenv("RAYFM_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match=r"0\.0\.0\.0 can be reached from other machines and needs a token"):
+        run("serve", file, "--host", "0.0.0.0")
     assert len(spool.dead_letters()) == 1
     assert run("compact", file, "--period", "2024-01-31") == "0 files joined\n"
 

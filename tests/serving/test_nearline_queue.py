@@ -5,9 +5,10 @@ import os
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pytest
-from nearline_cases import TEACHER, V1, Oracle, as_arrow, as_json, config, publish_teacher, rows
+from nearline_cases import MODEL, TEACHER, V1, Oracle, as_arrow, as_json, config, publish_teacher, rows
 from starlette.testclient import TestClient
 
 from rayfm.client.wire import PROBLEM
@@ -23,7 +24,7 @@ from rayfm.serving.nearline.intake import Intake
 from rayfm.serving.nearline.labeller import take
 from rayfm.serving.nearline.labels import NearLineLabels
 from rayfm.serving.nearline.router import build_app, build_router
-from rayfm.serving.nearline.rows import Versions
+from rayfm.serving.nearline.rows import Versions, fitted
 from rayfm.serving.nearline.spool import ROW, Spool
 from rayfm.snapshots import SnapshotStore
 
@@ -162,6 +163,55 @@ def test_arrow_whose_offsets_point_outside_is_refused(client, root):
     forged = body.replace(offsets, pa.array([0, 1, 2, 1 << 30], pa.int32()).buffers()[1].to_pybytes()[:16])
     answer = client.post(f"/v1/teachers/{TEACHER}/label", content=forged, headers=ARROW)
     assert answer.status_code == 400
+
+
+ODD = [
+    pa.array([None, None, None]),
+    pa.array([True, False, True]),
+    pa.array([1, 2, 3], pa.uint64()),
+    pa.array([2**64 - 1, 0, 1], pa.uint64()),
+    pa.array([1.5, float("inf"), float("nan")]),
+    pa.array([1, 2, 3], pa.timestamp("us")),
+    pa.array([1, 2, 3], pa.date32()),
+    pa.array(["a", "", None]),
+    pa.array([b"\xff", b"", None]),
+    pa.array(["a", "b", "a"]).dictionary_encode(),
+    pa.array([[1], None, []]),
+    pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.int64(), 2)),
+    pa.array([{"a": 1}, {"a": 2}, None]),
+    pa.array([1, 2, 3], pa.decimal128(38, 2)),
+    pa.array([-(2**63), 2**63 - 1, 0]),
+    pa.array(["x" * 5000, "y", "z"]),
+]
+
+
+@pytest.mark.parametrize("column", ["example_id", "time", "traffic", "age", "user", "note"])
+def test_no_type_of_a_column_is_the_servers_fault(client, root, column):
+    for odd in ODD:
+        table = rows(3)
+        table = table.set_column(table.column_names.index(column), column, odd)
+        answer = client.post(f"/v1/teachers/{TEACHER}/label", content=as_arrow(table), headers=ARROW)
+        assert answer.status_code in (202, 400, 413), (odd.type, answer.text)
+    for ticket, _ in Spool(root, TEACHER).waiting():
+        found = Spool(root, TEACHER).read(ticket)
+        version = Versions(SnapshotStore(root), MODEL).get(V1)
+        assert fitted(found.table, version).num_rows == found.table.num_rows, "what is accepted can be labelled"
+
+
+def test_no_damage_to_a_body_is_the_servers_fault(client):
+    rng = np.random.default_rng(0)
+    answers = set()
+    for encode, headers in ((as_arrow, ARROW), (as_json, JSON)):
+        good = encode(rows(5))
+        for _ in range(100):
+            body = bytearray(good)
+            for place in rng.integers(0, len(body), rng.integers(1, 4)):
+                body[place] = rng.integers(0, 256)
+            cut = bytes(body[: rng.integers(0, len(body) + 1)]) if rng.random() < 0.3 else bytes(body)
+            answer = client.post(f"/v1/teachers/{TEACHER}/label", content=cut, headers=headers)
+            assert answer.status_code < 500, answer.text
+            answers.add(answer.status_code)
+    assert {202, 400} <= answers
 
 
 def test_unknown_teachers_and_tickets_are_not_found(client):
@@ -450,3 +500,5 @@ def test_an_intake_serves_one_run_and_each_teacher_once(tmp_path):
     for configs in ([one, one], [one, other], []):
         with pytest.raises(ConfigError, match="each teacher of one run once"):
             start_intake(configs, 1)
+    with pytest.raises(ConfigError, match="needs a token"):
+        start_intake([one], 1, host="0.0.0.0")

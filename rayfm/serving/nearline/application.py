@@ -8,6 +8,8 @@ from typing import Any
 
 from rayfm.config import CapacityError, ConfigError
 from rayfm.serving.application import _DEPLOYING, LOOPBACK, application_name, check_port
+from rayfm.serving.http.config import EndpointsConfig
+from rayfm.serving.http.token import TokenCheck, check_bind
 from rayfm.serving.nearline.config import NearLineConfig
 from rayfm.serving.nearline.consumer import NearLineConsumer
 from rayfm.serving.nearline.doorbell import Doorbell, task_processor
@@ -102,31 +104,42 @@ def start_consumers(config: NearLineConfig, score: Score | None = None) -> Any:
         return serve.run(deployment.bind(config.dump(), service, score), name=consumer_name(config), route_prefix=None)
 
 
-def start_intake(configs: list[NearLineConfig], http_port: int, cpus: float = 0.25) -> str:
-    """Take posts for teachers of one run on a port of the loopback interface; returns the URL.
+def start_intake(
+    configs: list[NearLineConfig],
+    http_port: int,
+    cpus: float = 0.25,
+    host: str = LOOPBACK,
+    token: str | None = None,
+) -> str:
+    """Take posts for teachers of one run; returns the URL.
 
-    A server that others can reach puts the router of `rayfm.serving.nearline.router` behind its own authorisation.
+    Args:
+        configs: one a teacher.
+        http_port, host: where to listen.
+        cpus: what the process that accepts reserves.
+        token: the bearer token that every request needs; None only on loopback.
 
     Raises:
-        ConfigError: the configs are of several runs, or of one teacher twice.
+        ConfigError: the configs are of several runs, or of one teacher twice; others could post without a token.
         CapacityError: the port is in use, or Ray Serve runs already and listens elsewhere.
     """
     from ray import serve
 
     if len({config.run for config in configs}) != 1 or len({config.teacher for config in configs}) != len(configs):
         raise ConfigError("near-line configs of one intake: give each teacher of one run once")
-    plain = [config.dump() for config in configs]
+    check_bind(EndpointsConfig(host=host, http_port=http_port), token)
+    plain, check = [config.dump() for config in configs], TokenCheck(token)
 
     def build() -> Any:
         loaded = [NearLineConfig.model_validate(config) for config in plain]
-        return build_app({config.teacher: make_intake(config) for config in loaded})
+        return build_app({config.teacher: make_intake(config) for config in loaded}, check)
 
-    check_port(LOOPBACK, http_port)
+    check_port(host, http_port)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     with _DEPLOYING:
         serve.start(
             proxy_location="HeadOnly",
-            http_options={"host": LOOPBACK, "port": http_port},
+            http_options={"host": host, "port": http_port},
             logging_config=_LOGGING,
         )
         deployment: Any = serve.deployment(
@@ -139,13 +152,13 @@ def start_intake(configs: list[NearLineConfig], http_port: int, cpus: float = 0.
         serve.run(deployment.bind(), name=intake_name(configs[0].run), route_prefix="/")
     with socket.socket() as probe:
         probe.settimeout(5.0)
-        if probe.connect_ex((LOOPBACK, http_port)):
+        if probe.connect_ex((LOOPBACK if host == "0.0.0.0" else host, http_port)):
             stop = f"serve.delete({intake_name(configs[0].run)!r})"
             raise CapacityError(
                 f"nothing answers on port {http_port}: Ray Serve was started before, with another port or none, and "
                 f"cannot change it; start the intake before teachers and consumers ({stop} removes this one)"
             )
-    return f"http://{LOOPBACK}:{http_port}"
+    return f"http://{host}:{http_port}"
 
 
 def stop_nearline(config: NearLineConfig) -> None:
