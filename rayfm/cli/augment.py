@@ -64,7 +64,7 @@ def augment(
     with FeedbackJoin(loaded) as join, console.status("joining"):
         batches = join.run(through, watch)
     read = ", ".join(f"{number:,} {stream}" for stream, number in rows.items()) or "nothing new"
-    console.print(f"[bold]{loaded.root}[/bold]  {batches} batches: {read}")
+    console.print(f"[bold]{loaded.root}[/bold]  {batches} {'batch' if batches == 1 else 'batches'}: {read}")
     if batches:
         for key, text in _TOTALS.items():
             if totals[key]:

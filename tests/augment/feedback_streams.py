@@ -71,7 +71,7 @@ def random_streams(seed: int, late_s: float = 0.0, impressions: int = 40, wild: 
     rng = np.random.default_rng(seed)
     span = int(rng.integers(40, 200))
     ids = rng.permutation(impressions * 3)[:impressions]
-    times = START + rng.integers(0, span * S, impressions)
+    times = START + rng.integers(0, span, impressions) * S  # whole seconds: bounds are met exactly, again and again
     rows = list(zip(ids.tolist(), times.tolist(), strict=True))
     events: list[list[Event]] = [[], []]
     number = 0
@@ -79,13 +79,13 @@ def random_streams(seed: int, late_s: float = 0.0, impressions: int = 40, wild: 
         for _ in range(int(rng.integers(0, 5))):
             task = int(rng.integers(len(TASKS)))
             stream = 0 if task == 0 and rng.random() < 0.7 else 1
-            lag = int(rng.integers(-4 * S, 45 * S))
+            lag = int(rng.integers(-4, 45)) * S
             value = float(np.float32(rng.normal())) if task > 1 else 0.0
             events[stream].append(Event(stream, f"e{number}", example, task, time + lag, value))
             number += 1
     if wild:
         for _ in range(10):
-            time = START + int(rng.integers(0, span * S))
+            time = START + int(rng.integers(0, span)) * S
             events[1].append(Event(1, f"e{number}", int(10_000 + rng.integers(5)), int(rng.integers(5)), time, 1.0))
             number += 1
 

@@ -41,7 +41,7 @@ def test_the_command_joins_and_goes_on(config_file):
         assert text in first.output
     second = runner.invoke(app, ["augment", str(config_file), "--through", "2024-01-02T01"])
     assert "random logs" not in second.output
-    assert "1 batches: nothing new" in second.output
+    assert "1 batch: nothing new" in second.output
     assert "complete: examples/2024-01-01" in second.output
     third = runner.invoke(app, ["augment", str(config_file), "--through", "2024-01-02T01"])
     assert "0 batches: nothing new" in third.output

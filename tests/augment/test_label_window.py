@@ -19,8 +19,10 @@ from rayfm.augment.shared import SharedDataset
 from rayfm.augment.views import ViewConfig, with_clusters
 from rayfm.augment.window import ScoringTeacher, label_window
 from rayfm.config import ConfigError, DataError, LabelError, SnapshotError, validate
+from rayfm.data.prepare import prepare
 from rayfm.data.sources.base import Period
-from rayfm.data.sources.parquet import ParquetConfig, ParquetSource, read_units
+from rayfm.data.sources.parquet import ParquetConfig, ParquetSource
+from rayfm.data.store import ExampleStore
 from rayfm.models import MODELS, build_model
 from rayfm.schema import Schema
 from rayfm.serving.teacher import load_version, score_table
@@ -402,23 +404,33 @@ def test_from_logs_to_views(root):
             "logged/large/click", "version/large",
         }  # fmt: skip
 
-    # A plain Parquet source reads the shared data set as logs, supervision included.
-    source = ParquetSource(
-        ParquetConfig(
-            path=str(root / "joined/shared/large"), example_id="example_id", traffic={"column": "traffic"},
-            kind={"column": "kind"},
-        ),
-        every_feature_schema(),
-    )  # fmt: skip
-    periods = source.periods()
-    assert [period.name for period in periods] == ["2024-01-02", "2024-01-03"]
-    units = source._units
-    blocks = read_units(
-        pa.table({"id": list(range(len(units)))}), units, source._parquet, source.schema, source._wanted, periods
-    )
-    read = pa.concat_tables(blocks)
-    assert read.num_rows == 600
-    assert {"logged/large/click", "logged/large/watch"} <= set(read.column_names)
+
+@pytest.mark.ray
+def test_prepare_reads_what_was_joined_and_scored(root, tmp_path, ray_session):
+    config = config_of(root)
+    with FeedbackJoin(config) as join:
+        join.run(through=datetime.datetime(2024, 1, 5, tzinfo=datetime.UTC))
+    label_windows(config)
+    for folder, scored in (("examples", False), ("shared/large", True)):
+        source = ParquetSource(
+            ParquetConfig(
+                path=str(root / "joined" / folder), example_id="example_id", traffic={"column": "traffic"},
+                kind={"column": "kind"} if scored else "impression",
+            ),
+            every_feature_schema(),
+        )  # fmt: skip
+        store = ExampleStore(tmp_path / folder)
+        manifests = prepare(source, every_feature_schema(), store, lanes=2)
+        assert [(m.period, m.rows("impression"), m.rejected) for m in manifests] == [
+            ("2024-01-02", 300, {}), ("2024-01-03", 300, {}),
+        ]  # fmt: skip
+        rows = store.open_lane("2024-01-02", "impression", 0).read()
+        ids = rows["example_id"].to_numpy()
+        np.testing.assert_array_equal(rows["click"].to_numpy(), ids % 3 == 0)
+        assert ("logged/large/watch" in rows.column_names) == scored
+        if scored:
+            every = student_view(config, "every", "2024-01-02").to_pandas().set_index("example_id")
+            np.testing.assert_array_equal(rows["logged/large/watch"], every["logged/large/watch"].loc[ids])
 
 
 @pytest.mark.parametrize(
