@@ -28,7 +28,7 @@ from rayfm.models.build import build_model
 
 SIZES = (64, 1_000, 8_192)
 LINE = 1_000
-ROWS = 100_000
+ROWS = 20_000
 """Candidates of one timed piece of work."""
 
 

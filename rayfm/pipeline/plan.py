@@ -179,6 +179,7 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
                 periods=periods,
                 trained=trained_periods(periods, config.schedule.students_through),
                 publish=config.publish_students,
+                export_tolerance=config.endpoints.compile.tolerance,
                 store=config.storage,
                 run_dir=str(config.run_dir),
                 teachers=tuple(

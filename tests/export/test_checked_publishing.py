@@ -9,11 +9,13 @@ import pytest
 import torch
 import training_runs as runs
 from example_store import write_store
+from small_pipeline import PERIODS, small_pipeline
 
 from rayfm.config import SnapshotError
 from rayfm.export.config import CompileConfig, Tolerance
 from rayfm.export.student import export_student
 from rayfm.models.base import MODELS
+from rayfm.pipeline.plan import student_specs
 from rayfm.schema import Schema
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import MANIFEST
@@ -102,3 +104,9 @@ def test_two_workers_check_the_whole_of_their_slices(store: Path, tmp_path: Path
     assert check is not None
     # The weights in fp32, not the training's own arithmetic, which is bf16 here.
     assert max(value or 0.0 for value in check.forms["eager"].difference.values()) < 1e-5
+
+
+def test_what_is_let_pass_at_publishing_is_what_is_served_by(tmp_path: Path) -> None:
+    config = small_pipeline(tmp_path, endpoints={"compile": {"tolerance": {"exact": 1e-3}}})
+    [spec] = student_specs(config, PERIODS)
+    assert spec.export_tolerance == Tolerance(exact=1e-3)
