@@ -231,11 +231,37 @@ def test_too_many_waiting_posts_are_told_to_come_back(root, bell):
     assert [post().status_code for _ in range(2)] == [202, 202]
     refused = post()
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "7")
-    assert intake.spool.queued() == 2
+    assert intake.spool.queued()[0] == 2
     for ticket, _ in intake.spool.waiting():
         intake.spool.finish(ticket, V1, 1, 0, 1, 60.0)
     intake._counted = -10.0  # as if the count's second had passed
     assert post().status_code == 202
+
+
+def test_rows_that_fill_the_disk_are_told_to_come_back(root, bell):
+    intake = make_intake(root, bell, queued_mb=0.001)
+    client = TestClient(build_app({TEACHER: intake}))
+    answers = [
+        client.post(f"/v1/teachers/{TEACHER}/label", content=as_arrow(rows(50)), headers=ARROW).status_code
+        for _ in range(2)
+    ]
+    assert answers == [202, 429]
+    assert intake.spool.queued()[1] > 1000
+
+
+def test_the_backlog_tells_whether_anybody_labels(client, root):
+    url = f"/v1/teachers/{TEACHER}/label"
+    none = {"waiting": 0, "oldest_s": 0.0, "dead_letters": 0, "rejected_rows": 0}
+    assert client.get(url).json() == none
+    spool = Spool(root, TEACHER)
+    spool.bury(queued(spool), "test")
+    queued(spool)
+    found = client.get(url).json()
+    assert 0.0 <= found.pop("oldest_s") < 30.0
+    assert found == {"waiting": 1, "dead_letters": 1, "rejected_rows": 0}
+    assert spool.backlog(time.time() + 100).oldest_s > 99.0
+    assert client.get("/v1/teachers/nobody/label").status_code == 404
+    assert client.get("/healthz").json() == {"status": "ok"}
 
 
 def test_a_reason_names_no_folder_of_the_server(root, bell, client):
@@ -439,6 +465,20 @@ def test_a_ticket_that_keeps_failing_is_a_dead_letter_that_can_be_replayed(consu
     consumer.label(ticket)
     assert consumer.spool.status(ticket).state == "committed"
     assert NearLineLabels(settings.root).rows(TEACHER).num_rows == 4
+
+
+@pytest.mark.parametrize("message", ["../../../etc/passwd", "", None, 7, ["x"]])
+def test_a_message_that_is_not_ours_is_dropped(consumer, message):
+    consumer.label(message)
+    assert consumer.oracle.asked == []
+
+
+def test_a_consumer_whose_batch_does_not_end_is_not_healthy(consumer, monkeypatch):
+    monkeypatch.setattr(consumer.batcher, "_busy_since", time.monotonic() - 121)
+    consumer.check_health()
+    monkeypatch.setattr(consumer.batcher, "_busy_since", time.monotonic() - 123)
+    with pytest.raises(RuntimeError, match="a batch has taken 123 s"):
+        consumer.check_health()
 
 
 def test_a_consumer_whose_threads_died_is_not_healthy(settings):

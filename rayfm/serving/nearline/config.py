@@ -28,6 +28,9 @@ class LimitsConfig(Config):
     queued: int = Field(10_000, ge=1)
     """Tickets that may wait; beyond them a post is answered with 429."""
 
+    queued_mb: float = Field(4096.0, gt=0)
+    """Megabytes of rows that may wait on disk; beyond them as well."""
+
     retry_after_s: int = Field(5, ge=1)
     """What a 429 tells the client to wait."""
 

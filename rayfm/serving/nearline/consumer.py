@@ -13,7 +13,7 @@ import pyarrow as pa
 from ray import serve
 from ray.serve.task_consumer import task_handler
 
-from rayfm.config import CapacityError
+from rayfm.config import CapacityError, DataError
 from rayfm.serving.nearline.batcher import Batcher
 from rayfm.serving.nearline.config import NearLineConfig
 from rayfm.serving.nearline.doorbell import TASK, Doorbell, sweep
@@ -22,6 +22,7 @@ from rayfm.serving.nearline.labeller import Labeller, Score, settle, take
 from rayfm.serving.nearline.labels import NearLineLabels
 from rayfm.serving.nearline.rows import Versions
 from rayfm.serving.nearline.spool import Spool
+from rayfm.serving.nearline.tickets import check_ticket
 from rayfm.snapshots.load import SnapshotStore
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,11 @@ class NearLineConsumer:
             NotLabelled: it is to be tried again.
         """
         self._last_delivery = time.monotonic()
+        try:
+            check_ticket(ticket)
+        except (DataError, TypeError):  # not ours: whoever else writes to our queue names no file here
+            logger.error("a message without a ticket was dropped")
+            return
         entry = take(self.spool, ticket, self.config)
         if entry is None:
             return

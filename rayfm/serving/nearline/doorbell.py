@@ -40,6 +40,7 @@ def task_processor(config: NearLineConfig) -> Any:
             task_custom_config={"ignore_result": True, "retry_backoff_max": max(1, int(config.consumer.sweep_s / 2))},
             app_custom_config={
                 "worker_prefetch_multiplier": 1,
+                "accept_content": ["json"],  # never pickle
                 "worker_hijack_root_logger": False,
                 "worker_redirect_stdouts": False,
                 "broker_connection_retry_on_startup": True,

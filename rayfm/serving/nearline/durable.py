@@ -15,12 +15,13 @@ TEMPORARY = ".tmp-"
 """How the names of unfinished files begin; what a killed process leaves of them is swept."""
 
 
-def write_durably(path: Path, write: Callable[[IO[bytes]], object]) -> int:
+def write_durably(path: Path, write: Callable[[IO[bytes]], object], modified: float | None = None) -> int:
     """Write a file so that it stands whole, also after a power cut, once this returns; else it is not there.
 
     Args:
         path: its name; folders are made.
         write: fills the open file.
+        modified: the modification time that it gets, in seconds since 1970; by default now.
 
     Returns:
         Its size in bytes.
@@ -35,6 +36,8 @@ def write_durably(path: Path, write: Callable[[IO[bytes]], object]) -> int:
             with temporary.open("wb") as file:
                 write(file)
                 file.flush()
+                if modified is not None:
+                    os.utime(file.fileno(), (modified, modified))
                 os.fsync(file.fileno())
                 size = file.tell()
             os.replace(temporary, path)

@@ -16,7 +16,7 @@ from rayfm.serving.nearline.config import NearLineConfig
 from rayfm.serving.nearline.holds import VersionHolds
 from rayfm.serving.nearline.rows import Versions, check_post, first_reasons
 from rayfm.serving.nearline.spool import Spool
-from rayfm.serving.nearline.tickets import TicketStatus
+from rayfm.serving.nearline.tickets import Backlog, TicketStatus
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Intake:
         # One thread: a Redis that hangs delays messages, never an answer.
         self._ringer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayfm-nearline-ring")
         self._lock = threading.Lock()
-        self._counted, self._waiting = 0.0, 0
+        self._counted, self._waiting, self._bytes = 0.0, 0, 0
         self._quiet_until = 0.0
 
     def check_room(self) -> None:
@@ -101,11 +101,12 @@ class Intake:
         with self._lock:
             now = time.monotonic()
             if now - self._counted > _COUNTED_S:
-                self._waiting, self._counted = self.spool.queued(), now
-            if self._waiting >= self.config.limits.queued:
+                (self._waiting, self._bytes), self._counted = self.spool.queued(), now
+            limits = self.config.limits
+            if self._waiting >= limits.queued or self._bytes >= limits.queued_mb * 2**20:
                 raise Full(
                     f"{self._waiting} posts wait for teacher {self.config.teacher!r}; post again later",
-                    self.config.limits.retry_after_s,
+                    limits.retry_after_s,
                 )
 
     def accept(self, table: pa.Table) -> Accepted:
@@ -134,7 +135,7 @@ class Intake:
             self._holds.keep(version.version)
         ticket = self.spool.accept(post.good, version.version, post.rejects)
         with self._lock:
-            self._waiting += 1
+            self._waiting, self._bytes = self._waiting + 1, self._bytes + post.good.nbytes
         self._ringer.submit(self._ring, ticket)
         return Accepted(
             ticket=ticket,
@@ -151,6 +152,10 @@ class Intake:
         if status is None or status.reason is None:
             return status
         return status.model_copy(update={"reason": status.reason.replace(str(Path(self.config.root)), "")})
+
+    def backlog(self) -> Backlog:
+        """As `Spool.backlog`."""
+        return self.spool.backlog()
 
     def _ring(self, ticket: str) -> None:
         if time.monotonic() < self._quiet_until:

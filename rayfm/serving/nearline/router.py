@@ -25,7 +25,7 @@ from rayfm.serving.http.config import LimitsConfig
 from rayfm.serving.http.problems import Problem, unavailable
 from rayfm.serving.http.token import TokenCheck
 from rayfm.serving.nearline.intake import Accepted, BadRows, Full, Intake, TooLarge
-from rayfm.serving.nearline.tickets import TicketStatus
+from rayfm.serving.nearline.tickets import Backlog, TicketStatus
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def build_router(intakes: Mapping[str, Intake]) -> APIRouter:
         """
         intake = intakes.get(teacher)
         if intake is None:
-            raise Problem(404, f"no teacher of that name takes rows; there is {', '.join(intakes) or 'none'}")
+            raise _no_teacher(intakes)
         try:
             intake.check_room()
             media = media_of(request.headers.get("content-type"), request.headers.get("content-encoding"))
@@ -117,6 +117,14 @@ def build_router(intakes: Mapping[str, Intake]) -> APIRouter:
             202,
             {"Location": f"/v1/labels/{accepted.ticket}", VERSION_HEADER: accepted.version},
         )
+
+    @router.get("/v1/teachers/{teacher}/label", response_model=Backlog, responses={404: _problem("no such teacher")})
+    async def get_backlog(teacher: Annotated[str, Path(description="The teacher's name.")]) -> Response:
+        """How far behind the labels are: an age that grows says that nobody labels."""
+        intake = intakes.get(teacher)
+        if intake is None:
+            raise _no_teacher(intakes)
+        return JSONResponse((await run_in_threadpool(intake.backlog)).dump())
 
     @router.get("/v1/labels/{ticket}", response_model=TicketStatus, responses={404: _problem("no such ticket")})
     async def get_ticket(ticket: Annotated[str, Path(description="What a post was answered with.")]) -> Response:
@@ -143,6 +151,11 @@ def build_app(intakes: Mapping[str, Intake], token: TokenCheck | None = None) ->
     app = FastAPI(title="rayfm near-line labels", version="1")
     app.include_router(build_router(intakes))
 
+    @app.get("/healthz", tags=["health"])
+    async def healthz() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
     @app.exception_handler(RequestValidationError)
     async def refused(request: Request, error: RequestValidationError) -> Response:
         return Problem(400, str(error.errors()[0]["msg"])).response()
@@ -161,6 +174,10 @@ async def _body(request: Request, limit: int) -> bytes:
             raise Problem(413, f"the body is larger than {limit} bytes; send fewer rows at a time")
         parts.append(part)
     return b"".join(parts)
+
+
+def _no_teacher(intakes: Mapping[str, Intake]) -> Problem:
+    return Problem(404, f"no teacher of that name takes rows; there is {', '.join(intakes) or 'none'}")
 
 
 def _problem_of(error: RayfmError) -> Problem:

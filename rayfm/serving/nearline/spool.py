@@ -29,7 +29,7 @@ import pyarrow as pa
 from rayfm.config import DataError
 from rayfm.labels.columns import check_part
 from rayfm.serving.nearline.durable import TEMPORARY, write_durably
-from rayfm.serving.nearline.tickets import TicketStatus, check_ticket, new_ticket
+from rayfm.serving.nearline.tickets import Backlog, TicketStatus, check_ticket, new_ticket, ticket_time
 from rayfm.snapshots.manifest import sync_dir
 
 ROW = "nearline/row"
@@ -153,9 +153,25 @@ class Spool:
         self._named = known
         return set(known.values()) - {_UNKNOWN}
 
-    def queued(self) -> int:
-        """Tickets that wait."""
-        return sum(1 for _ in self._tickets(self._queued, ".arrow"))
+    def queued(self) -> tuple[int, int]:
+        """Tickets that wait, and the bytes of their rows on disk."""
+        tickets = size = 0
+        with os.scandir(self._queued) as found:
+            for entry in found:
+                with contextlib.suppress(FileNotFoundError):
+                    tickets, size = tickets + entry.name.endswith(".arrow"), size + entry.stat().st_size
+        return tickets, size
+
+    def backlog(self, now_s: float | None = None) -> Backlog:
+        """What waits, what died, and what was rejected."""
+        waiting = self._tickets(self._queued, ".arrow")
+        now = time.time() if now_s is None else now_s
+        return Backlog(
+            waiting=len(waiting),
+            oldest_s=round(max(0.0, now - ticket_time(waiting[0])), 3) if waiting else 0.0,
+            dead_letters=len(self._tickets(self._dead, ".arrow")),
+            rejected_rows=self.rejected_rows(),
+        )
 
     def touch(self, ticket: str) -> None:
         """Note that the ticket's message was sent just now."""
@@ -198,7 +214,8 @@ class Spool:
             expires=time.time() + ttl_s,
         )
         text = status.model_dump_json().encode()
-        write_durably(self._done / f"{ticket}.json", lambda file: file.write(text))
+        # Dated by its end, so that no record has to be read to find those that expired.
+        write_durably(self._done / f"{ticket}.json", lambda file: file.write(text), modified=status.expires)
         # Another delivery may have buried it meanwhile: it is committed all the same.
         for path in (self._path(ticket), *self._dead_paths(ticket), self._journal_path(ticket)):
             path.unlink(missing_ok=True)
@@ -306,8 +323,7 @@ class Spool:
         dropped = 0
         for path in self._done.glob("*.json"):
             with contextlib.suppress(FileNotFoundError):
-                status = TicketStatus.model_validate_json(path.read_text())
-                if status.expires is not None and status.expires < now:
+                if path.stat().st_mtime < now:
                     path.unlink()
                     dropped += 1
         # A journal without rows: of a ticket that another consumer finished while one still wrote to it.

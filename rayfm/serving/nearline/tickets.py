@@ -50,6 +50,20 @@ class TicketStatus(Config):
     """Seconds since 1970 when a committed ticket is forgotten; its labels stay."""
 
 
+class Backlog(Config):
+    """What ``GET /v1/teachers/{teacher}/label`` answers: how far behind a teacher's labels are."""
+
+    waiting: int
+    """Tickets that are not labelled yet."""
+
+    oldest_s: float
+    """Seconds that the oldest of them has waited."""
+
+    dead_letters: int
+    rejected_rows: int
+    """Rows in ``rejects/``."""
+
+
 def new_ticket(now_s: float | None = None) -> str:
     """A ticket that nobody else has, for the time ``now_s`` (seconds since 1970; by default now)."""
     number = round((time.time() if now_s is None else now_s) * 1000)
