@@ -20,10 +20,11 @@ def serve_and_show(config: PipelineConfig, production: bool) -> None:
         RayfmError: as `rayfm.pipeline.endpoints.serve`.
     """
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
 
     def show_and_wait(serving: Serving) -> None:
+        # Now, as Ray takes the signals for itself when it starts.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         show(serving, config, production)
         stop.wait()
         console.print("stopping")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import pyarrow as pa
@@ -159,6 +160,7 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
         _check_grpc()
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     serve.start(
         proxy_location="EveryNode" if production else "HeadOnly",
@@ -169,6 +171,17 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
         else {"port": config.grpc_port, "grpc_servicer_functions": [GRPC_SERVICER], "enable_reflection": False},
         logging_config=quiet,
     )
+    deployment: Any = serve.deployment(
+        serve.ingress()(EndpointsReplica),
+        name="Endpoints",
+        num_replicas=config.replicas,
+        # The replica's own queues refuse with Retry-After; Serve's is for what they do not see: health, pages.
+        max_ongoing_requests=2 * config.limits.max_queue + 32,
+        ray_actor_options={"num_cpus": config.cpus},
+        logging_config=quiet,
+    )
+    serve.run(deployment.bind(plan.dump(), TokenCheck(token)), name=endpoints_name(plan.run), route_prefix="/")
+    # After what has a route: HAProxy does not report that it serves as long as nothing has one.
     for teacher in plan.teachers:
         start_teacher(
             plan.run,
@@ -184,16 +197,6 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
             cpus=teacher.cpus,
             gpus=teacher.gpus,
         )
-    deployment: Any = serve.deployment(
-        serve.ingress()(EndpointsReplica),
-        name="Endpoints",
-        num_replicas=config.replicas,
-        # The replica's own queues refuse with Retry-After; Serve's is for what they do not see: health, pages.
-        max_ongoing_requests=2 * config.limits.max_queue + 32,
-        ray_actor_options={"num_cpus": config.cpus},
-        logging_config=quiet,
-    )
-    serve.run(deployment.bind(plan.dump(), TokenCheck(token)), name=endpoints_name(plan.run), route_prefix="/")
 
 
 def stop_endpoints(plan: EndpointsPlan) -> None:

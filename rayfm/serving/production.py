@@ -12,8 +12,9 @@ HA_PROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 """Ray reads it when ``ray.serve`` is imported, in every process of the cluster."""
 
 FIREWALL = (
-    "HAProxy listens on every interface: let other machines reach the HTTP port alone (and the gRPC port where it is "
-    "used), and close 8404 (statistics), 9101 (metrics) and 30000 and up (the replicas themselves)"
+    "HAProxy opens 8404 (statistics) and 9101 (metrics) on every interface, and the replicas listen on 30000 and up "
+    "(gRPC: 40000 and up) on endpoints.host: let other machines reach the HTTP port alone (and the gRPC port where it "
+    "is used), and close the rest"
 )
 
 
