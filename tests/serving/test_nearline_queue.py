@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from rayfm.serving.http.token import TokenCheck
 from rayfm.serving.nearline.application import autoscaling, start_intake
 from rayfm.serving.nearline.config import NearLineConfig, load_nearline
 from rayfm.serving.nearline.consumer import NearLineConsumer, NotLabelled
-from rayfm.serving.nearline.doorbell import Doorbell, sweep
+from rayfm.serving.nearline.doorbell import Doorbell, sweep, task_processor
 from rayfm.serving.nearline.intake import Intake
 from rayfm.serving.nearline.labeller import take
 from rayfm.serving.nearline.labels import NearLineLabels
@@ -533,6 +534,14 @@ def test_a_config_file_is_read(tmp_path):
     path.write_text("run: demo\nteacher: fm\nroot: runs/demo\nmodel: fm.teacher.0\nlimits: {rows: 5}\n")
     loaded = load_nearline(path)
     assert (loaded.queue, loaded.limits.rows) == ("rayfm-demo-fm-nearline", 5)
+
+
+@pytest.mark.parametrize("package", ["redis", "celery", "tornado"])
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    for needs in (Doorbell, task_processor):
+        with pytest.raises(ConfigError, match=f"needs the package '{package}'; run `pip install 'rayfm"):
+            needs(config(tmp_path))
 
 
 def test_an_intake_serves_one_run_and_each_teacher_once(tmp_path):

@@ -8,12 +8,13 @@ durability: ``appendfsync everysec`` is as good as ``always``, only a little les
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import time
 from typing import Any
 from urllib.parse import urlsplit
 
-from rayfm.config import CapacityError
+from rayfm.config import CapacityError, ConfigError
 from rayfm.serving.nearline.config import NearLineConfig
 from rayfm.serving.nearline.spool import Spool
 
@@ -27,8 +28,20 @@ _VISIBILITY_S = 600
 faster; this is for what it does not see."""
 
 
+def check_installed() -> None:
+    """Raises ConfigError where a package of the extra ``nearline`` is missing."""
+    for name in ("redis", "celery", "tornado"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise ConfigError(
+                f"near-line labelling needs the package {name!r}; run `pip install 'rayfm[nearline]'`"
+            ) from None
+
+
 def task_processor(config: NearLineConfig) -> Any:
-    """Ray Serve's configuration of the queue."""
+    """Ray Serve's configuration of the queue. Raises ConfigError where the extra ``nearline`` is not installed."""
+    check_installed()
     from ray.serve.schema import CeleryAdapterConfig, TaskProcessorConfig
 
     return TaskProcessorConfig(
@@ -69,9 +82,13 @@ class Doorbell:
 
     Args:
         config: names the queue.
+
+    Raises:
+        ConfigError: the extra ``nearline`` is not installed.
     """
 
     def __init__(self, config: NearLineConfig) -> None:
+        check_installed()
         import redis
         from ray.serve.task_processor import CeleryTaskProcessorAdapter
 
