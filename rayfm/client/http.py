@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -84,7 +84,7 @@ class Client:
         Raises:
             ScoreError: one of its kinds, by what went wrong.
         """
-        return self._score(f"/v1/models/{model}:score", self._student_body(user, candidates), {}, timeout_s)
+        return self._score(f"/v1/models/{model}:score", self._body("candidates", user, candidates), {}, timeout_s)
 
     def score_teacher(
         self,
@@ -110,6 +110,32 @@ class Client:
         query = {name: value for name, value in asked.items() if value is not None}
         return self._score(f"/v1/teachers/{teacher}:score", self._teacher_body(rows), query, timeout_s)
 
+    def retrieve(
+        self,
+        model: str,
+        user: Columns,
+        k: int = 100,
+        exclude: Sequence[Any] = (),
+        task: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Scored:
+        """A two-tower's best items for one user: columns ``id`` and ``score``, best first.
+
+        Args:
+            model: the student's key.
+            user: feature -> value, or a table of one row.
+            k: how many items.
+            exclude: ids of items to leave out.
+            task: rank by this task alone.
+            timeout_s: instead of the client's own.
+
+        Raises:
+            ScoreError: one of its kinds, by what went wrong.
+        """
+        query = {"k": str(k)} | ({} if task is None else {"task": task})
+        body = self._body("exclude", user, {"exclude": list(exclude)})
+        return self._score(f"/v1/models/{model}:retrieve", body, query, timeout_s)
+
     def ready(self) -> dict[str, Any]:
         """What ``/readyz`` says: whether all can answer, and which version of each model does.
 
@@ -125,13 +151,15 @@ class Client:
         found: dict[str, Any] = response.json()
         return found
 
-    def _student_body(self, user: Columns, candidates: Columns) -> Body:
+    def _body(self, what: str, user: Columns, columns: Columns) -> Body:
+        """The user's row and ``what`` goes with it."""
         try:
-            row, rows = to_row(user), to_table(candidates)
+            row, rows = to_row(user), to_table(columns)
             if self.arrow:
                 return write_streams([row, rows]), ARROW
+            values = rows.to_pydict()
             first = row.to_pylist()[0] if row.num_rows else {}
-            return _json({"user": first, "candidates": rows.to_pydict()})
+            return _json({"user": first, what: values["exclude"] if what == "exclude" else values})
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             raise InvalidRequest(f"the columns are no table: {error}") from None
 
@@ -192,10 +220,12 @@ def _scored(response: httpx.Response) -> Scored:
         if response.headers["content-type"] == ARROW:
             return Scored(version, pa.ipc.open_stream(response.content).read_all())
         columns = response.json()["predictions"]
-        return Scored(version, pa.table({name: pa.array(values, _type(values)) for name, values in columns.items()}))
+        return Scored(version, pa.table({name: pa.array(v, _type(name, v)) for name, v in columns.items()}))
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise ServerFault(f"the reply cannot be read: {error}") from None
 
 
-def _type(values: list[Any]) -> pa.DataType:
+def _type(name: str, values: list[Any]) -> pa.DataType | None:
+    if name == "id":
+        return None  # text or whole numbers, as the catalogue has them
     return pa.list_(pa.float32(), len(values[0])) if values and isinstance(values[0], list) else pa.float32()

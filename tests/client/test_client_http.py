@@ -96,6 +96,25 @@ def test_tables_and_arrays_do_as_well():
     assert pa.ipc.open_stream(script.requests[1].content).read_all().to_pydict() == {"ad": ["x"]}
 
 
+@pytest.mark.parametrize("arrow", [True, False])
+def test_items_are_retrieved(arrow):
+    items = {"id": ["b", "a"], "score": [0.5, 0.25]}
+    answer = httpx.Response(
+        200, headers={"content-type": JSON, "x-rayfm-version": "v1"}, json={"version": "v1", "predictions": items}
+    )
+    script = Script(answer)
+    found = script.client(arrow=arrow).retrieve("towers.none.1", {"user": 7}, k=2, exclude=["c"], task="click")
+    assert found.predictions.to_pydict() == items
+    (request,) = script.requests
+    assert str(request.url) == "http://service/v1/models/towers.none.1:retrieve?k=2&task=click"
+    if arrow:
+        source = pa.BufferReader(request.content)
+        assert pa.ipc.open_stream(source).read_all().to_pylist() == [{"user": 7}]
+        assert pa.ipc.open_stream(source).read_all().to_pydict() == {"exclude": ["c"]}
+    else:
+        assert json.loads(request.content) == {"user": {"user": 7}, "exclude": ["c"]}
+
+
 def test_what_may_pass_is_tried_again():
     lost = httpx.ReadError("reset"), httpx.ConnectError("refused"), httpx.RemoteProtocolError("closed")
     script = Script(refusal(429, **{"retry-after": "2"}), *lost, reply())

@@ -11,6 +11,7 @@ import pytest
 from served_models import as_examples, candidate_rows, predictions, publish_model, user_row
 from starlette.testclient import TestClient
 
+from rayfm.client import Client
 from rayfm.config import ConfigError
 from rayfm.export.config import CompileConfig
 from rayfm.models import MODELS
@@ -92,6 +93,16 @@ def test_the_items_retrieved_score_as_the_same_model_scores_them(replica):
     same = {"ad": found["id"], "tags": [[1, 2]] * 29}
     scored = ask(client, TOWERS, "score", candidates=same)["predictions"]["click"]
     np.testing.assert_allclose(found["score"], scored, rtol=1e-4, atol=1e-5)
+
+
+def test_clients_retrieve_in_both_formats(replica):
+    _, client, _ = replica
+    expected = ask(client, TOWERS, "retrieve", exclude=[])["predictions"]["id"][:5]
+    for arrow in (True, False):
+        ours = Client("http://testserver", TOKEN, arrow=arrow)
+        ours._http = client
+        assert ours.retrieve(TOWERS, USER, k=5).predictions["id"].to_pylist() == expected
+        assert ours.retrieve(TOWERS, USER, k=4, exclude=expected[:1]).predictions["id"].to_pylist() == expected[1:]
 
 
 def test_retrieval_is_behind_the_token_too(replica):
