@@ -19,6 +19,10 @@ from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.problems import Problem, unavailable
 from rayfm.serving.http.token import TokenCheck, check_bind
 from rayfm.serving.item_service import Retrievers
+from rayfm.serving.nearline.application import consumer_name, make_intake, start_consumers
+from rayfm.serving.nearline.config import NearLineConfig
+from rayfm.serving.nearline.doorbell import check_installed
+from rayfm.serving.nearline.router import build_router
 from rayfm.serving.retrieval import retrieve_router
 from rayfm.serving.student import Students
 from rayfm.serving.teacher import TeacherServiceConfig
@@ -50,6 +54,17 @@ class EndpointsPlan(Config):
     store: str | None = None
     """Folder of the example store, whose items are retrieved where no catalogue is named."""
     endpoints: EndpointsConfig = EndpointsConfig()
+
+    def near_line(self) -> dict[str, NearLineConfig]:
+        """Teacher -> how rows that are posted are labelled; empty where none are taken."""
+        options = self.endpoints.near_line
+        if options is None:
+            return {}
+        places = {"run": self.run, "root": self.root, "metadata": self.endpoints.metadata}
+        return {
+            teacher.name: NearLineConfig(**dict(options), **places, teacher=teacher.name, model=teacher.model)
+            for teacher in self.teachers
+        }
 
 
 def endpoints_name(run: str) -> str:
@@ -129,6 +144,9 @@ class EndpointsReplica:
     def __serve_build_asgi_app__(self) -> Any:
         """Ray Serve asks for the app once the replica is made."""
         routers = [self._retrieve] if self._items.models else []
+        near_line = self.plan.near_line()
+        if near_line:
+            routers.append(build_router({name: make_intake(config) for name, config in near_line.items()}))
         return create_app(self._backend, self.plan.endpoints.limits, self._token, routers)
 
     async def ScoreStudent(self, request: Any, grpc_context: Any) -> Any:
@@ -149,11 +167,14 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
         production: a proxy on every node; Ray was started after `rayfm.serving.production.enable_production`.
 
     Raises:
-        ConfigError: others could reach the endpoints without a token, or gRPC's code cannot be loaded.
+        ConfigError: others could reach the endpoints without a token; gRPC's code, or the packages that near-line
+            labels need, cannot be loaded.
         CapacityError: a port is in use.
     """
     config = plan.endpoints
     check_bind(config, token, production)
+    if plan.near_line():
+        check_installed()
     check_port(config.host, config.http_port)
     if config.grpc_port is not None:
         check_port("0.0.0.0", config.grpc_port)
@@ -197,13 +218,17 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
             cpus=teacher.cpus,
             gpus=teacher.gpus,
         )
+    for near_line in plan.near_line().values():
+        start_consumers(near_line)
 
 
 def stop_endpoints(plan: EndpointsPlan) -> None:
     """Remove the applications that `start_endpoints` started; Ray Serve itself stays."""
     from ray import serve
 
-    for name in (endpoints_name(plan.run), *(application_name(plan.run, teacher.name) for teacher in plan.teachers)):
+    consumers = [consumer_name(config) for config in plan.near_line().values()]
+    teachers = [application_name(plan.run, teacher.name) for teacher in plan.teachers]
+    for name in (endpoints_name(plan.run), *consumers, *teachers):
         serve.delete(name)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -14,8 +15,10 @@ from starlette.testclient import TestClient
 
 from rayfm.client.wire import PROBLEM
 from rayfm.config import CapacityError, ConfigError, validate
+from rayfm.serving.application import application_name
+from rayfm.serving.endpoints import EndpointsPlan, EndpointsReplica, ServedTeacher, TeacherPlan
 from rayfm.serving.http.app import create_app
-from rayfm.serving.http.config import LimitsConfig
+from rayfm.serving.http.config import EndpointsConfig, LimitsConfig
 from rayfm.serving.http.token import TokenCheck
 from rayfm.serving.nearline.application import autoscaling, start_intake
 from rayfm.serving.nearline.config import NearLineConfig, load_nearline
@@ -534,6 +537,46 @@ def test_a_config_file_is_read(tmp_path):
     path.write_text("run: demo\nteacher: fm\nroot: runs/demo\nmodel: fm.teacher.0\nlimits: {rows: 5}\n")
     loaded = load_nearline(path)
     assert (loaded.queue, loaded.limits.rows) == ("rayfm-demo-fm-nearline", 5)
+
+
+def test_what_plans_the_endpoints_leaves_ray_serve_alone():
+    """It reads its environment when it is imported, and the production profile is set after the plan is made."""
+    script = "import sys, rayfm.serving.endpoints; assert 'ray.serve' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_endpoints_take_posts_for_each_teacher(root, redis_server, monkeypatch):
+    teachers = tuple(TeacherPlan(name=name, model=MODEL) for name in (TEACHER, "other"))
+    metadata = f"sqlite://{root}/metadata.sqlite"
+    options = {"redis": f"redis://{redis_server.address}/0", "limits": {"rows": 7}}
+    plan = EndpointsPlan(run="r", root=str(root), students=(), teachers=teachers)
+    assert plan.near_line() == {}
+    endpoints = EndpointsConfig(metadata=metadata, near_line=options)
+    plan = plan.model_copy(update={"endpoints": endpoints})
+    found = plan.near_line()[TEACHER]
+    assert found == config(root, run=found.run, metadata=metadata, **options)
+    asked = []
+
+    def handle(run: str, teacher: str) -> None:
+        asked.append(application_name(run, teacher))
+        raise LookupError
+
+    monkeypatch.setattr("rayfm.serving.endpoints.teacher_handle", handle)
+    with pytest.raises(LookupError):
+        asyncio.run(ServedTeacher("r", TEACHER).version())
+    assert asked == [application_name(found.run, TEACHER)], "consumers ask the service that the endpoints ask"
+    assert plan.near_line()["other"].teacher == "other"
+    token = "a-token-of-enough-length"
+    replica = EndpointsReplica(plan.dump(), TokenCheck(token))
+    try:
+        client = TestClient(replica.__serve_build_asgi_app__(), headers={"authorization": f"Bearer {token}"})
+        answer = client.post("/v1/teachers/other/label", content=as_arrow(rows(7)), headers=ARROW)
+        assert (answer.status_code, answer.json()["teacher"]) == (202, "other")
+        assert client.get(answer.headers["location"]).json()["state"] == "queued"
+        assert client.post("/v1/teachers/fm/label", content=as_arrow(rows(8)), headers=ARROW).status_code == 413
+        assert Spool(root, "other").queued()[0] == 1
+    finally:
+        replica._backend.close()
 
 
 @pytest.mark.parametrize("package", ["redis", "celery", "tornado"])

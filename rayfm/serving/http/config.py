@@ -6,6 +6,7 @@ from pydantic import Field, field_validator
 
 from rayfm.config import Config
 from rayfm.export.config import CompileConfig
+from rayfm.serving.nearline.config import NearLineOptions
 from rayfm.serving.retrieval_config import RetrievalConfig
 from rayfm.snapshots.metadata import check_metadata_url
 
@@ -67,6 +68,8 @@ class EndpointsConfig(Config):
     version that is `current` there, with leases, pins and rollbacks. By default the run's own."""
     compile: CompileConfig = CompileConfig()
     """In what form students are served."""
+    near_line: NearLineOptions | None = None
+    """Also take rows that the teachers label as they are posted (docs/nearline.md); needs a Redis."""
     retrieval: dict[str, RetrievalConfig] = {}
     """Key of a two-tower -> which items it retrieves: it answers ``:retrieve`` too."""
     limits: LimitsConfig = LimitsConfig()

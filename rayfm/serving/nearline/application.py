@@ -11,7 +11,6 @@ from rayfm.serving.application import _DEPLOYING, LOOPBACK, application_name, ch
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.token import TokenCheck, check_bind
 from rayfm.serving.nearline.config import NearLineConfig
-from rayfm.serving.nearline.consumer import NearLineConsumer
 from rayfm.serving.nearline.doorbell import Doorbell, task_processor
 from rayfm.serving.nearline.holds import open_holds
 from rayfm.serving.nearline.intake import Intake
@@ -84,6 +83,9 @@ def start_consumers(config: NearLineConfig, score: Score | None = None) -> Any:
     """
     from ray import serve
     from ray.serve.task_consumer import task_consumer
+
+    # Not above: it imports ray.serve, which reads its environment then, and `rayfm serve --production` sets that late.
+    from rayfm.serving.nearline.consumer import NearLineConsumer
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     consumer = config.consumer

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from rayfm.config import Config, read_yaml, validate
+from rayfm.config import Config, RayfmError, read_yaml, validate
 from rayfm.labels.columns import check_part
 from rayfm.serving.nearline.rows import PeriodLength
 from rayfm.snapshots.manifest import check_name
@@ -16,7 +16,7 @@ from rayfm.snapshots.metadata.url import FORMS
 BROKERS = ("redis", "rediss")
 
 
-class LimitsConfig(Config):
+class PostLimitsConfig(Config):
     """What is refused at the door, so that a client's mistake costs the others nothing."""
 
     body_mb: float = Field(16.0, gt=0)
@@ -95,7 +95,36 @@ class ConsumerConfig(Config):
         return self
 
 
-class NearLineConfig(Config):
+class NearLineOptions(Config):
+    """How posted rows are labelled, whatever the teacher."""
+
+    redis: str = "redis://127.0.0.1:6379/0"
+    """The queue. What is accepted does not depend on it: it may lose everything."""
+
+    period: PeriodLength = "day"
+    """How long the teacher's periods are: names the label table's partitions, and decides what a leak is."""
+
+    ticket_ttl_s: float = Field(86_400.0, gt=0)
+    """How long a committed ticket can be asked for; its labels stay."""
+
+    limits: PostLimitsConfig = PostLimitsConfig()
+    consumer: ConsumerConfig = ConsumerConfig()
+
+    @field_validator("redis")
+    @classmethod
+    def _broker(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in BROKERS or not parts.hostname:
+            raise ValueError(f"{url!r} is no Redis; write redis://HOST:PORT/NUMBER (or rediss:// for TLS)")
+        return url
+
+    @property
+    def hold_s(self) -> float:
+        """How long a snapshot stays after a process that held it for accepted rows died."""
+        return max(60.0, 4 * self.consumer.sweep_s)
+
+
+class NearLineConfig(NearLineOptions):
     """Near-line labelling by one teacher."""
 
     run: str
@@ -118,35 +147,13 @@ class NearLineConfig(Config):
     """URL of the snapshots' metadata store. With it, the version that is `current` labels (where ``version`` names
     none), and snapshots that accepted rows name are held until they are labelled."""
 
-    redis: str = "redis://127.0.0.1:6379/0"
-    """The queue. What is accepted does not depend on it: it may lose everything."""
-
-    period: PeriodLength = "day"
-    """How long the teacher's periods are: names the label table's partitions, and decides what a leak is."""
-
-    ticket_ttl_s: float = Field(86_400.0, gt=0)
-    """How long a committed ticket can be asked for; its labels stay."""
-
-    limits: LimitsConfig = LimitsConfig()
-    consumer: ConsumerConfig = ConsumerConfig()
-
-    @field_validator("teacher", "run")
+    @field_validator("teacher", "run", "model")
     @classmethod
     def _safe(cls, name: str) -> str:
-        return _named(name)
-
-    @field_validator("model")
-    @classmethod
-    def _model(cls, name: str) -> str:
-        return _named(name)
-
-    @field_validator("redis")
-    @classmethod
-    def _broker(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in BROKERS or not parts.hostname:
-            raise ValueError(f"{url!r} is no Redis; write redis://HOST:PORT/NUMBER (or rediss:// for TLS)")
-        return url
+        try:
+            return check_name("name", check_part("name", name))
+        except RayfmError as error:
+            raise ValueError(str(error)) from None
 
     @field_validator("metadata")
     @classmethod
@@ -154,11 +161,6 @@ class NearLineConfig(Config):
         if url is not None and not url.startswith(("sqlite:///", "zookeeper://")):
             raise ValueError(f"metadata store {url!r}: write {FORMS}")
         return url
-
-    @property
-    def hold_s(self) -> float:
-        """How long a snapshot stays after a process that held it for accepted rows died."""
-        return max(60.0, 4 * self.consumer.sweep_s)
 
     @property
     def queue(self) -> str:
@@ -169,11 +171,3 @@ class NearLineConfig(Config):
 def load_nearline(path: str | Path) -> NearLineConfig:
     """The config in a YAML file. Raises ConfigError naming the key at fault."""
     return validate(NearLineConfig, read_yaml(path), str(path))
-
-
-def _named(name: str) -> str:
-    try:
-        check_name("name", check_part("name", name))
-    except Exception as error:
-        raise ValueError(str(error)) from None
-    return name
