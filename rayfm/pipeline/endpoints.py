@@ -48,42 +48,54 @@ def student_keys(config: PipelineConfig) -> list[str]:
     ]
 
 
-def _chosen(wanted: tuple[str, ...] | None, known: list[str], key: str) -> tuple[str, ...]:
+def _chosen(wanted: tuple[str, ...] | None, known: dict[str, str], published: set[str], key: str) -> tuple[str, ...]:
+    """The names that are wanted; where none are named, those of ``known`` (name -> key) that are published."""
     for name in wanted or ():
         if name not in known:
-            raise ConfigError(f"{key}: {name!r} is not of this run{nearest(name, known)}")
-    return tuple(known) if wanted is None else wanted
+            raise ConfigError(f"{key}: {name!r} is not of this run{nearest(name, list(known))}")
+    return tuple(name for name, model in known.items() if model in published) if wanted is None else wanted
 
 
 def plan_endpoints(config: PipelineConfig) -> Any:
     """What to serve: an `EndpointsPlan`.
 
     Raises:
-        ConfigError: a student or teacher is not the run's, or there is no run.
+        ConfigError: a student or teacher is not the run's, there is no run, or it has published nothing.
     """
     from rayfm.serving.endpoints import EndpointsPlan, TeacherPlan
+    from rayfm.snapshots.load import SnapshotStore
 
     root = Path(config.runs).absolute() / config.name
     if not root.is_dir():
         raise ConfigError(f"{root}: there is no such run; `rayfm run` makes it")
     endpoints, serving = config.endpoints, config.serving
-    _chosen(tuple(endpoints.retrieval), student_keys(config), "endpoints.retrieval")
+    published = set(SnapshotStore(root).models())
+    keys = {key: key for key in student_keys(config)}
+    students = _chosen(endpoints.students, keys, published, "endpoints.students")
+    _chosen(tuple(endpoints.retrieval), keys, published, "endpoints.retrieval")
+    known = {name: teacher_key(config, name) for name in config.teachers}
+    teachers = _chosen(endpoints.teachers, known, published, "endpoints.teachers")
+    if not students and not teachers and not endpoints.retrieval:
+        raise ConfigError(
+            f"{root}: nothing is published yet; wait, or name in endpoints.students and endpoints.teachers what to "
+            "serve as soon as it is"
+        )
     if endpoints.metadata is None:
         endpoints = endpoints.model_copy(update={"metadata": f"sqlite://{quote(str(metadata_path(root)))}"})
     return EndpointsPlan(
         run=config.name,
         root=str(root),
-        students=_chosen(endpoints.students, student_keys(config), "endpoints.students"),
+        students=students,
         teachers=tuple(
             TeacherPlan(
                 name=name,
-                model=teacher_key(config, name),
+                model=known[name],
                 replicas=serving.replicas,
                 cpus=serving.cpus,
                 gpus=serving.gpus,
                 threads=serving.threads,
             )
-            for name in _chosen(endpoints.teachers, list(config.teachers), "endpoints.teachers")
+            for name in teachers
         ),
         store=str(Path(config.storage).absolute()),
         endpoints=endpoints,

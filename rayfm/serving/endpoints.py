@@ -60,7 +60,7 @@ class EndpointsPlan(Config):
         options = self.endpoints.near_line
         if options is None:
             return {}
-        places = {"run": self.run, "root": self.root, "metadata": self.endpoints.metadata}
+        places = {"run": _teachers_of(self.run), "root": self.root, "metadata": self.endpoints.metadata}
         return {
             teacher.name: NearLineConfig(**dict(options), **places, teacher=teacher.name, model=teacher.model)
             for teacher in self.teachers
@@ -72,11 +72,19 @@ def endpoints_name(run: str) -> str:
     return f"rayfm-{run}"
 
 
+def _teachers_of(run: str) -> str:
+    """What names the teachers' applications: apart from those of a run that labels on the same cluster, which comes and
+    goes with its own.
+    """
+    return f"{run}-serve"
+
+
 class ServedTeacher(Teacher):
     """A teacher's service on Ray Serve.
 
     Args:
-        run, teacher: name its application.
+        run: whose endpoints ask it.
+        teacher: its name.
     """
 
     def __init__(self, run: str, teacher: str) -> None:
@@ -97,7 +105,7 @@ class ServedTeacher(Teacher):
 
         try:
             if self._handle is None:
-                self._handle = teacher_handle(self.run, self.teacher)
+                self._handle = teacher_handle(_teachers_of(self.run), self.teacher)
             response = getattr(self._handle, method).remote(*args)
             try:
                 return await response
@@ -205,7 +213,7 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
     # After what has a route: HAProxy does not report that it serves as long as nothing has one.
     for teacher in plan.teachers:
         start_teacher(
-            plan.run,
+            _teachers_of(plan.run),
             teacher.name,
             TeacherServiceConfig(
                 root=plan.root,
@@ -227,7 +235,7 @@ def stop_endpoints(plan: EndpointsPlan) -> None:
     from ray import serve
 
     consumers = [consumer_name(config) for config in plan.near_line().values()]
-    teachers = [application_name(plan.run, teacher.name) for teacher in plan.teachers]
+    teachers = [application_name(_teachers_of(plan.run), teacher.name) for teacher in plan.teachers]
     for name in (endpoints_name(plan.run), *consumers, *teachers):
         serve.delete(name)
 

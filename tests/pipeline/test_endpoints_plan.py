@@ -5,24 +5,29 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+import torch
 from small_pipeline import small_pipeline
 
 from rayfm.config import CapacityError, ConfigError
 from rayfm.pipeline import endpoints
 from rayfm.pipeline.endpoints import plan_endpoints, serve, student_keys
 from rayfm.snapshots.metadata import open_metadata
+from rayfm.snapshots.publish import publish
 
 
-def run_of(folder, **changes):
+def run_of(folder, *published, **changes):
     config = small_pipeline(folder, **changes)
     config.run_dir.mkdir(parents=True)
+    for name in published:
+        publish(config.run_dir, name, "v1", {"weight": torch.zeros(1)})
     return config
 
 
 def test_a_run_serves_all_its_models(tmp_path):
-    config = run_of(tmp_path, seeds=[1, 2], serving={"cpus": 0.5, "threads": 3})
+    names = ("vm.none.1", "vm.none.2", "vm.direct.1", "vm.direct.2")
+    config = run_of(tmp_path, *names, "fm.teacher.0", seeds=[1, 2], serving={"cpus": 0.5, "threads": 3})
     plan = plan_endpoints(config)
-    assert plan.students == ("vm.none.1", "vm.none.2", "vm.direct.1", "vm.direct.2")
+    assert plan.students == names
     assert [(t.name, t.model, t.cpus, t.threads) for t in plan.teachers] == [("fm", "fm.teacher.0", 0.5, 3)]
     assert plan.root == str(tmp_path / "runs" / "small")
     assert student_keys(config) == list(plan.students)
@@ -37,6 +42,19 @@ def test_or_those_that_are_named(tmp_path):
     assert (plan.students, plan.teachers, plan.endpoints.metadata) == (("vm.direct.1",), (), store)
 
 
+def test_what_is_not_published_is_served_where_it_is_named(tmp_path):
+    plan = plan_endpoints(run_of(tmp_path, "vm.none.1"))
+    assert (plan.students, plan.teachers) == (("vm.none.1",), ())
+    named = small_pipeline(tmp_path, endpoints={"students": ["vm.direct.1"], "teachers": ["fm"]})
+    plan = plan_endpoints(named)
+    assert (plan.students, [teacher.name for teacher in plan.teachers]) == (("vm.direct.1",), ["fm"])
+
+
+def test_a_run_that_published_nothing_has_nothing_to_serve(tmp_path):
+    with pytest.raises(ConfigError, match="nothing is published yet; wait, or name in"):
+        plan_endpoints(run_of(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -44,6 +62,7 @@ def test_or_those_that_are_named(tmp_path):
             {"students": ["vm.dircet.1"]},
             r"endpoints\.students: 'vm\.dircet\.1' is not of this run; did you mean 'vm\.dir",
         ),
+        ({"retrieval": {"vm.none.2": {}}}, r"endpoints\.retrieval: 'vm\.none\.2' is not of this run; did you mean"),
         ({"teachers": ["fn"]}, r"endpoints\.teachers: 'fn' is not of this run; known: fm"),
     ],
 )

@@ -50,9 +50,10 @@ class EndpointsConfig(Config):
     token_env: str = "RAYFM_TOKEN"
     """Environment variable that holds the bearer token, read where there is no `token_file`."""
     students: tuple[str, ...] | None = None
-    """Keys of the students to serve (``<student>.<variant>.<seed>``); by default all of the run."""
+    """Keys of the students to serve (``<student>.<variant>.<seed>``), as soon as they are published. By default all of
+    the run that are published at the start."""
     teachers: tuple[str, ...] | None = None
-    """Names of the teachers to serve; by default all of the run."""
+    """Names of the teachers to serve, as with students."""
     replicas: int = Field(1, ge=1)
     """Processes that answer; each scores students itself."""
     cpus: float = Field(0.5, gt=0)
