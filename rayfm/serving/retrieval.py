@@ -32,6 +32,7 @@ from rayfm.models.fm import ProductHeads
 from rayfm.models.two_tower import TwoTower
 from rayfm.schema import EXAMPLE_ID, TRAFFIC, WEIGHTS_SUFFIX
 from rayfm.serving.catalogue import latest_items, read_catalogue
+from rayfm.serving.http.app import NAME, RESPONSES, score_operation
 from rayfm.serving.http.codecs import Payload, encode, media_of, reply_headers, reply_media
 from rayfm.serving.http.config import LimitsConfig
 from rayfm.serving.http.problems import Problem
@@ -373,12 +374,23 @@ def retrieve_router(retrievers: Mapping[str, Retriever], limits: LimitsConfig, q
         limits: what a request may ask for.
         queue: where retrieving runs.
     """
-    router = APIRouter(tags=["retrieve"])
+    router = APIRouter(tags=["retrieve"], responses=RESPONSES)
+    body = {
+        "type": "object",
+        "required": ["user", "exclude"],
+        "additionalProperties": False,
+        "properties": {
+            "user": {"type": "object", "description": "Feature -> value."},
+            "exclude": {"type": "array", "items": {}, "description": "Ids of items to leave out."},
+        },
+    }
+    arrow = "As Arrow: two IPC streams back to back, the user's (one row), then the column `exclude`."
+    operation = score_operation(body, arrow, "Columns `id` and `score`, best first.")
 
-    @router.post("/v1/models/{model}:retrieve", response_class=Response)
+    @router.post("/v1/models/{model}:retrieve", response_class=Response, openapi_extra=operation)
     async def retrieve(
         request: Request,
-        model: Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$", description="The model's key.")],
+        model: Annotated[str, Path(pattern=NAME, description="The model's key.")],
         k: Annotated[int, Query(ge=1, le=10_000, description="How many items.")] = 100,
         task: Annotated[str | None, Query(max_length=128, description="Rank by this task alone.")] = None,
     ) -> Response:

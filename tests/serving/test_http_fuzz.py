@@ -7,6 +7,7 @@ import json
 
 import psutil
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -17,12 +18,17 @@ from starlette.testclient import TestClient
 
 from rayfm.client.wire import ARROW, JSON, PROBLEM, TIMEOUT_HEADER, VERSION_HEADER, write_streams
 from rayfm.export.config import CompileConfig
+from rayfm.models import MODELS
 from rayfm.serving.backend import ScoringBackend
 from rayfm.serving.http.app import create_app
 from rayfm.serving.http.config import EndpointsConfig, LimitsConfig
+from rayfm.serving.retrieval import Retriever, load_index, retrieve_router
+from rayfm.serving.retrieval_config import RetrievalConfig
 from rayfm.serving.student import Students
+from rayfm.snapshots import SnapshotStore
 
-STUDENT, TEACHER = "vm.direct.1", "fm.teacher.0"
+STUDENT, TEACHER, TOWERS = "vm.direct.1", "fm.teacher.0", "towers.none.1"
+TWO_TOWER = MODELS["two_tower"].Config(item_features=("ad", "tags"), hidden=(8,), vector_dim=4, embedding_dim=8)
 LIMITS = LimitsConfig(max_body_mb=1.0, max_candidates=50, max_rows=50, max_list_values=1000)
 BODY = write_streams([user_row(), candidate_rows(5)])
 FUZZ = settings(
@@ -40,7 +46,11 @@ def app(tmp_path_factory):
         publish_model(root, name, "v1", seed)
     students = Students(str(root), (STUDENT,), EndpointsConfig(limits=LIMITS, compile=CompileConfig(compile="eager")))
     backend = ScoringBackend(students, {"fm": LocalTeacher(root, TEACHER)}, LIMITS)
-    yield create_app(backend, LIMITS)
+    publish_model(root, TOWERS, "v1", 2, TWO_TOWER)
+    pq.write_table(pa.table({"ad": ["a", "b", "c"], "tags": pa.array([[1, 2]] * 3)}), root / "items.parquet")
+    items = load_index(SnapshotStore(root), TOWERS, "v1", RetrievalConfig(catalogue=str(root / "items.parquet")))
+    retrieve = retrieve_router({TOWERS: Retriever(lambda: items)}, LIMITS, students.queue)
+    yield create_app(backend, LIMITS, routers=[retrieve])
     backend.close()
 
 
@@ -59,7 +69,7 @@ def arrow_bytes(context, value) -> bytes:
 def test_requests_made_from_the_openapi_document(app):
     document = schemathesis.openapi.from_asgi("/openapi.json", app)
     operations = [found.ok() for found in document.get_all_operations()]
-    assert len(operations) == 4
+    assert len(operations) == 5
     seen = set()
     for operation in operations:
 
@@ -67,7 +77,10 @@ def test_requests_made_from_the_openapi_document(app):
         @given(st.one_of(*(operation.as_strategy(generation_mode=mode) for mode in GenerationMode)), st.booleans())
         def call(case, served):
             if served:  # past the name: hardly one of those made up is served
-                case.path_parameters = {"model": STUDENT, "teacher": "fm"}
+                case.path_parameters = {
+                    "model": TOWERS if "retrieve" in case.operation.path else STUDENT,
+                    "teacher": "fm",
+                }
             response = case.call()
             seen.add(response.status_code)
             if response.status_code == 504:
@@ -121,6 +134,13 @@ VALUES = st.one_of(IDS, st.lists(IDS, max_size=4))
 def test_odd_values(client, user, candidates):
     body = json.dumps({"user": user, "candidates": candidates})
     check(client.post(f"/v1/models/{STUDENT}:score", content=body, headers={"content-type": JSON}))
+
+
+@FUZZ
+@given(st.one_of(st.just(None), st.sampled_from(USER_COLUMNS)), VALUES, st.lists(VALUES, max_size=4))
+def test_odd_retrievals(client, name, value, exclude):
+    user = dict(GOOD["user"]) | ({} if name is None else {name: value})
+    check(client.post(f"/v1/models/{TOWERS}:retrieve?k=2", json={"user": user, "exclude": exclude}))
 
 
 GOOD = {"user": user_row().to_pylist()[0], "candidates": candidate_rows(3).to_pydict()}

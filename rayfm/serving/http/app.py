@@ -23,7 +23,7 @@ from rayfm.serving.http.problems import Problem, problem_of
 from rayfm.serving.http.queue import Deadline
 from rayfm.serving.http.token import TokenCheck
 
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$"
 """Names of models, teachers and versions: they cannot hold a slash or begin with a dot."""
 
 
@@ -108,7 +108,7 @@ def _problem(what: str) -> dict[str, Any]:
     return {"description": what, "content": {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}}
 
 
-_RESPONSES: dict[int | str, dict[str, Any]] = {
+RESPONSES: dict[int | str, dict[str, Any]] = {
     400: _problem("The request is wrong; the detail names the column and what to do."),
     401: _problem("The bearer token is missing or wrong."),
     404: _problem("No such model, teacher or version."),
@@ -120,6 +120,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     504: _problem("No answer within the deadline."),
     "4XX": _problem("Any other refusal."),
 }
+"""What any endpoint may answer besides 200, for its OpenAPI document."""
 
 _VALUES: dict[str, Any] = {"type": "array", "items": {}, "description": "A value a row; null where it is unknown."}
 _COLUMNS: dict[str, Any] = {"type": "object", "additionalProperties": _VALUES}
@@ -160,7 +161,18 @@ _SCHEMAS: dict[str, Any] = {
 }
 
 
-def _operation(body: dict[str, Any], arrow: str) -> dict[str, Any]:
+def score_operation(
+    body: dict[str, Any],
+    arrow: str,
+    answer: str = "A float32 column per task, a row per candidate or row, in the request's order.",
+) -> dict[str, Any]:
+    """OpenAPI's part of an endpoint that takes JSON or Arrow and answers with predictions.
+
+    Args:
+        body: JSON Schema of the JSON request.
+        arrow: what the Arrow request is, in words.
+        answer: what comes back, in words.
+    """
     binary = {"schema": {"type": "string", "format": "binary"}}
     timeout = {
         "name": TIMEOUT_HEADER,
@@ -174,7 +186,7 @@ def _operation(body: dict[str, Any], arrow: str) -> dict[str, Any]:
         "requestBody": {"required": True, "description": arrow, "content": {JSON: {"schema": body}, ARROW: binary}},
         "responses": {
             "200": {
-                "description": "A float32 column per task, a row per candidate or row, in the request's order.",
+                "description": answer,
                 "headers": {VERSION_HEADER: {"schema": {"type": "string"}, "required": True}},
                 "content": {JSON: {"schema": _REPLY}, ARROW: binary},
             }
@@ -183,7 +195,7 @@ def _operation(body: dict[str, Any], arrow: str) -> dict[str, Any]:
 
 
 def _score_routes(backend: Backend, limits: LimitsConfig) -> APIRouter:
-    router = APIRouter(tags=["score"], responses=_RESPONSES)
+    router = APIRouter(tags=["score"], responses=RESPONSES)
 
     async def read(request: Request) -> tuple[Payload, Deadline]:
         deadline = Deadline.of_header(request.headers.get(TIMEOUT_HEADER), limits.timeout_s)
@@ -197,12 +209,12 @@ def _score_routes(backend: Backend, limits: LimitsConfig) -> APIRouter:
     @router.post(
         "/v1/models/{model}:score",
         response_class=Response,
-        openapi_extra=_operation(
+        openapi_extra=score_operation(
             _STUDENT_BODY, "As Arrow: two IPC streams back to back, the user's (one row), then the candidates'."
         ),
     )
     async def score_student(
-        request: Request, model: Annotated[str, Path(pattern=_NAME, description="The student's key.")]
+        request: Request, model: Annotated[str, Path(pattern=NAME, description="The student's key.")]
     ) -> Response:
         """Score up to 10,000 candidates of one user; the user's features are sent once."""
         payload, deadline = await read(request)
@@ -211,12 +223,12 @@ def _score_routes(backend: Backend, limits: LimitsConfig) -> APIRouter:
     @router.post(
         "/v1/teachers/{teacher}:score",
         response_class=Response,
-        openapi_extra=_operation(_TEACHER_BODY, "As Arrow: one IPC stream of rows."),
+        openapi_extra=score_operation(_TEACHER_BODY, "As Arrow: one IPC stream of rows."),
     )
     async def score_teacher(
         request: Request,
-        teacher: Annotated[str, Path(pattern=_NAME, description="The teacher's name.")],
-        version: Annotated[str | None, Query(pattern=_NAME, description="By default the current version.")] = None,
+        teacher: Annotated[str, Path(pattern=NAME, description="The teacher's name.")],
+        version: Annotated[str | None, Query(pattern=NAME, description="By default the current version.")] = None,
         representation: Annotated[bool, Query(description="Also answer with the teacher's representation.")] = False,
     ) -> Response:
         """Score rows with a teacher."""
@@ -227,7 +239,7 @@ def _score_routes(backend: Backend, limits: LimitsConfig) -> APIRouter:
 
 
 def _health_routes(backend: Backend) -> APIRouter:
-    router = APIRouter(tags=["health"], responses={401: _RESPONSES[401]})
+    router = APIRouter(tags=["health"], responses={401: RESPONSES[401]})
 
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:
