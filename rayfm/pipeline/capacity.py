@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from rayfm.config import CapacityError
-from rayfm.pipeline.config import PipelineConfig
+from rayfm.pipeline.config import PipelineConfig, ServingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +32,9 @@ def needs(config: PipelineConfig) -> list[Need]:
         serving = config.serving
         found.append(
             Need(
-                f"service {name} ({serving.replicas} x {serving.cpus:g})",
-                serving.replicas * serving.cpus,
-                serving.replicas * serving.gpus,
+                f"service {name} ({serving.replicas} x {_terms(serving)})",
+                serving.replicas * (serving.cpus + _members(serving) * serving.member_cpus),
+                serving.replicas * (serving.gpus + _members(serving) * serving.member_gpus),
             )
         )
     for name in sorted({student.group for student in config.students.values()}):
@@ -48,6 +48,15 @@ def needs(config: PipelineConfig) -> list[Need]:
         )
     found.append(Need("Ray Data tasks", config.ray.data_cpus))
     return found
+
+
+def _members(serving: ServingConfig) -> int:
+    return serving.members if serving.members > 1 else 0
+
+
+def _terms(serving: ServingConfig) -> str:
+    members = _members(serving)
+    return f"({serving.cpus:g} + {members} x {serving.member_cpus:g})" if members else f"{serving.cpus:g}"
 
 
 def check_capacity(config: PipelineConfig, cpus: float, gpus: float = 0.0) -> None:

@@ -140,6 +140,19 @@ class ServingConfig(Config):
     rows_per_request: int = Field(8192, ge=1)
     http_port: int | None = Field(None, ge=1, le=65535)
     """Also answer over HTTP on this port of the loopback interface."""
+    members: int = Field(1, ge=1)
+    """Above 1, each replica is a gang of so many processes over which the teacher's tables are sharded: for a teacher
+    that one worker cannot hold."""
+    member_cpus: float = Field(0.25, gt=0)
+    member_gpus: float = Field(0.0, ge=0)
+    row_wise_from: int = Field(1_000_000, ge=1)
+    """Rows from which on a gang cuts a table over all its members; smaller ones lie whole on one."""
+
+    @model_validator(mode="after")
+    def _gang(self) -> ServingConfig:
+        if self.members > 1 and self.http_port is not None:
+            raise ValueError("http_port goes with members: 1; a gang is asked through its handle, or `rayfm serve`")
+        return self
 
 
 class RayConfig(Config):

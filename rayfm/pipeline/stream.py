@@ -150,6 +150,10 @@ class Pipeline:
             cpus=serving.cpus,
             gpus=serving.gpus,
             http_port=serving.http_port,
+            members=serving.members,
+            member_cpus=serving.member_cpus,
+            member_gpus=serving.member_gpus,
+            row_wise_from=serving.row_wise_from,
         )
 
     def label(

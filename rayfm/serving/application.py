@@ -12,6 +12,9 @@ from rayfm.serving.teacher import TeacherService, TeacherServiceConfig
 
 LOOPBACK = "127.0.0.1"
 
+GANG_HEALTH_S = 2.0
+"""Seconds between looks whether all members of a gang are alive."""
+
 _DEPLOYING = threading.Lock()
 """Ray Serve is not safe between threads: two that find no controller both make one, and pickling a deployment
 registers and unregisters modules of the whole process."""
@@ -43,6 +46,10 @@ def start_teacher(
     cpus: float = 0.25,
     gpus: float = 0.0,
     http_port: int | None = None,
+    members: int = 1,
+    member_cpus: float = 0.25,
+    member_gpus: float = 0.0,
+    row_wise_from: int = 1_000_000,
 ) -> Any:
     """Deploy a teacher service and return its handle.
 
@@ -52,6 +59,9 @@ def start_teacher(
         replicas, cpus, gpus: size of the deployment.
         http_port: also answer ``POST /<application>`` with Arrow IPC on this port of the loopback interface; by
             default no port is opened and requests go through handles.
+        members: above 1, each replica is a gang of so many processes over which the teacher's tables are sharded.
+        member_cpus, member_gpus: of each of them; ``cpus`` and ``gpus`` are then of the replica that asks them.
+        row_wise_from: rows from which on a gang cuts a table over its members.
 
     Raises:
         CapacityError: the port is in use.
@@ -68,15 +78,29 @@ def start_teacher(
             http_options=None if http_port is None else {"host": LOOPBACK, "port": http_port},
             logging_config={"log_level": "ERROR", "enable_access_log": False},
         )
+        service: Any = TeacherService
+        options: dict[str, Any] = {}
+        arguments = config.dump()
+        if members > 1:
+            from rayfm.serving.gang.service import GangTeacherService
+
+            service = GangTeacherService
+            each = {"members": members, "cpus_per_member": member_cpus, "gpus_per_member": member_gpus}
+            arguments |= {**each, "row_wise_from": row_wise_from}
+            member = {"CPU": member_cpus, **({"GPU": member_gpus} if member_gpus else {})}
+            own = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+            options["placement_group_bundles"] = [own] + [member] * members
+            options |= {"placement_group_strategy": "PACK", "health_check_period_s": GANG_HEALTH_S}
         deployment: Any = serve.deployment(
-            TeacherService,
+            service,
             name="TeacherService",
             num_replicas=replicas,
             max_ongoing_requests=16,
             ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
             logging_config={"log_level": "ERROR", "enable_access_log": False},
+            **options,
         )
-        application = deployment.bind(config.dump())
+        application = deployment.bind(arguments)
         return serve.run(application, name=name, route_prefix=None if http_port is None else f"/{name}")
 
 

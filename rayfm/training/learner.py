@@ -35,6 +35,7 @@ from rayfm.training.module import TrainModule
 from rayfm.training.optim import Optimizers, fuse_table_optimizers
 from rayfm.training.sharding import (
     collections,
+    local_shards,
     sharders,
     sharding_plan,
     stored_placement,
@@ -157,7 +158,7 @@ class Learner:
     def _initialise_tables(self) -> None:
         for name, value in self.dmp.state_dict().items():
             if name in self._table_std:
-                for shard, row, column in _shards(value):
+                for shard, row, column in local_shards(value):
                     table = name.split(".")[-2]
                     fill_normal(shard, table, self.config.seed, self._table_std[name], row, column, value.shape[1])
 
@@ -264,7 +265,7 @@ class Learner:
             name = name.removeprefix("model.")
             if isinstance(value, ShardedTensor | DTensor):
                 shape = tuple(value.shape)
-                for shard, row, column in _shards(value):
+                for shard, row, column in local_shards(value):
                     yield TensorSlice(name, shard, (row, column), shape)
             elif self.rank == 0:
                 yield TensorSlice.whole(name, value)
@@ -277,17 +278,3 @@ def _init_std(table: BaseEmbeddingConfig) -> float:
 
 def _finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
-
-
-def _shards(value: Any) -> Iterator[tuple[Tensor, int, int]]:
-    """This rank's shards of a table, each with the row and column that it starts at."""
-    if isinstance(value, ShardedTensor):
-        for shard in value.local_shards():
-            row, column = shard.metadata.shard_offsets
-            yield shard.tensor, row, column
-    elif isinstance(value, DTensor):
-        local: Any = value.to_local()  # TorchRec's local shards, which look like a tensor
-        for shard, offsets in zip(local.local_shards(), local.local_offsets(), strict=True):
-            yield shard, offsets[0], offsets[1]
-    else:
-        yield value, 0, 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -154,3 +157,17 @@ def stored_placement(path: Path, module: nn.Module, config: TrainingConfig, worl
     if {c: set(t) for c, t in found.items()} != {c: set(t) for c, t in made.items()}:
         raise ConfigError(f"{path}: the stored sharding plan is for other tables; start a new run or remove the plan")
     return found
+
+
+def local_shards(value: Any) -> Iterator[tuple[Tensor, int, int]]:
+    """This rank's shards of a table, each with the row and column that it starts at."""
+    if isinstance(value, ShardedTensor):
+        for shard in value.local_shards():
+            row, column = shard.metadata.shard_offsets
+            yield shard.tensor, row, column
+    elif isinstance(value, DTensor):
+        local: Any = value.to_local()  # TorchRec's local shards, which look like a tensor
+        for shard, offsets in zip(local.local_shards(), local.local_offsets(), strict=True):
+            yield shard, offsets[0], offsets[1]
+    else:
+        yield value, 0, 0

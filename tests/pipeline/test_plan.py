@@ -265,3 +265,12 @@ def test_bounds_of_a_part_lie_in_the_schedule(tmp_path, schedule, expected):
     config = small_pipeline(tmp_path, teachers={"fm": {"through": "2024-02-01"}})
     with pytest.raises(ConfigError, match=r"teachers.fm.through: period '2024-02-01' is not one of the schedule's"):
         choose_periods(config, list(PERIODS))
+
+
+def test_a_gang_counts_its_members(tmp_path):
+    config = small_pipeline(tmp_path, serving={"replicas": 2, "cpus": 0.1, "members": 3, "member_cpus": 0.5})
+    (service,) = (need for need in needs(config) if need.part.startswith("service"))
+    assert service.part == "service fm (2 x (0.1 + 3 x 0.5))"
+    assert service.cpus == pytest.approx(3.2)
+    with pytest.raises(ValueError, match="http_port goes with members: 1"):
+        small_pipeline(tmp_path, serving={"members": 2, "http_port": 8000})

@@ -1,0 +1,123 @@
+"""A member of a gang: an actor with its slices of a teacher, which answers for its share of the rows."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+import torch.distributed as dist
+
+from rayfm.data.encode import EncodedChunk
+from rayfm.labels.columns import REPRESENTATION
+from rayfm.serving.gang.sharded import ShardedVersion
+from rayfm.snapshots.load import SnapshotStore
+from rayfm.training.checkpoint import world_device
+
+GROUP_TIMEOUT_S = 120.0
+"""Seconds that a member waits for the others in one exchange before it gives up."""
+
+
+class GangMember:
+    """One process of the group. The replica that owns it calls every method on all members, in one order.
+
+    Args:
+        root: folder that holds ``snapshots/``.
+        model: the model's key.
+        rank: which member.
+        world: how many there are.
+        threads: intra-op threads.
+        row_wise_from: as ``ShardedVersion``'s.
+        kept: versions held side by side.
+    """
+
+    def __init__(
+        self, root: str, model: str, rank: int, world: int, threads: int, row_wise_from: int, kept: int
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.store, self.model, self.rank, self.world = SnapshotStore(root), model, rank, world
+        self.row_wise_from, self.kept = row_wise_from, kept
+        self.versions: OrderedDict[str, ShardedVersion] = OrderedDict()
+        self._chunk: EncodedChunk | None = None
+
+    def address(self) -> str:
+        """Where this member can be reached by the others: ``tcp://host:port`` with a free port."""
+        host = socket.gethostbyname(socket.gethostname())
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"tcp://{host}:{probe.getsockname()[1]}"
+
+    def join(self, address: str) -> int:
+        """Meet the others at rank 0's address; returns this process's id."""
+        os.environ["LOCAL_WORLD_SIZE"] = str(self.world)
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            init_method=address,
+            rank=self.rank,
+            world_size=self.world,
+            timeout=datetime.timedelta(seconds=GROUP_TIMEOUT_S),
+        )
+        return os.getpid()
+
+    @ray.method(concurrency_group="health")
+    def alive(self) -> bool:
+        """Answers beside a running forward."""
+        return True
+
+    def load(self, version: str) -> int:
+        """Load this member's slices of a version; returns how many numbers of tables it holds.
+
+        Raises:
+            SnapshotError: the version cannot be loaded.
+        """
+        if version not in self.versions:
+            device = world_device(self.rank, "auto")
+            loaded = ShardedVersion(self.store, self.model, version, device, self.row_wise_from)
+            self.versions[version] = loaded
+            while len(self.versions) > self.kept:
+                self.versions.popitem(last=False)
+        self.versions.move_to_end(version)
+        return self.versions[version].elements
+
+    def encode(self, table: pa.Table, version: str) -> None:
+        """Take this member's rows for the forwards that follow. No exchange: rows that cannot be encoded hurt nobody.
+
+        Raises:
+            DataError: as ``Encoder.encode``.
+        """
+        rows = table.num_rows
+        none = np.zeros((rows, 0), np.float32)
+        encoder = self.versions[version].encoder
+        self._chunk = encoder.encode(table, np.zeros(rows, np.int64), none, none.astype(np.bool_))
+
+    def score(self, version: str, steps: int, rows_at_once: int, representation: bool) -> pa.Table:
+        """Predictions of a version for the rows taken last, in ``steps`` forwards that all members take together.
+
+        Returns:
+            A float32 column per task, in the rows' order; with ``representation`` also that.
+        """
+        loaded, chunk = self.versions[version], self._chunk
+        assert chunk is not None
+        self._chunk = None
+        rows = len(chunk.example_id)
+        columns: dict[str, Any] = {task: np.empty(rows, np.float32) for task in loaded.tasks}
+        vectors = np.empty((rows if representation else 0, loaded.representation_dim), np.float32)
+        for step in range(steps):
+            start = min(rows, step * rows_at_once)
+            stop = min(rows, start + rows_at_once)
+            batch = loaded.encoder.batch(chunk, start, stop).to(world_device(self.rank, "auto"))
+            predictions, representation_BH = loaded.predict(batch)
+            for task in loaded.tasks:
+                columns[task][start:stop] = predictions[task].float().cpu().numpy()
+            if representation:
+                vectors[start:stop] = representation_BH.float().cpu().numpy()
+        if representation:
+            flat = pa.array(vectors.reshape(-1))
+            columns[REPRESENTATION] = pa.FixedSizeListArray.from_arrays(flat, loaded.representation_dim)
+        return pa.table(columns)
