@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import servers
@@ -22,6 +23,27 @@ for name in ("torchrec", "torch.fx._symbolic_trace", "c10d-NullHandler-dcp_logge
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
+RAY: dict[str, Any] = {
+    "address": "local",
+    "num_cpus": 4,
+    "include_dashboard": False,
+    "log_to_driver": False,
+    "logging_level": "ERROR",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests: those on Ray stay in one, which has the one Ray; a file stays whole.
+
+    What replaces the session's Ray comes last.
+    """
+    for item in items:
+        on_ray = "ray_session" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ray") is not None
+        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.nodeid.split("::")[0]))
+    items.sort(key=lambda item: "fresh_ray" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """The one Ray of the test session; 4 logical CPUs so that small groups fit side by side on any machine."""
@@ -29,9 +51,24 @@ def ray_session() -> Iterator[None]:
 
     # Workers import what tests hand them (look-ups, loops) by module name.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(**RAY)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def fresh_ray(ray_session: None) -> None:
+    """A new Ray in the session's place, for a test that starts Ray Serve on ports of its own.
+
+    Serve's ports cannot be changed while it runs, and worker processes hold on to the Serve that they met first: after
+    another one is started, a task in such a process waits for the dead one for ever.
+    """
+    import ray
+    from ray import serve
+
+    serve.shutdown()
+    ray.shutdown()
+    ray.init(**RAY)
 
 
 @pytest.fixture(scope="session")

@@ -39,9 +39,7 @@ def until(condition, seconds: float = 60.0) -> None:
 
 
 @pytest.fixture
-def served(ray_session, tmp_path):
-    from ray import serve
-
+def served(fresh_ray, tmp_path):
     models = {name: publish_model(tmp_path, name, "v1", seed) for seed, name in enumerate((*STUDENTS, TEACHER))}
     plan = EndpointsPlan(
         run="served",
@@ -57,11 +55,9 @@ def served(ray_session, tmp_path):
             compile=CompileConfig(compile="torchscript"),
         ),
     )
-    serve.shutdown()  # the ports of a Serve that runs cannot be changed
     start_endpoints(plan, TOKEN)
     yield tmp_path, plan.endpoints, models
     stop_endpoints(plan)
-    serve.shutdown()
 
 
 @pytest.mark.ray

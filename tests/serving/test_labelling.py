@@ -131,8 +131,6 @@ def test_a_teacher_that_saw_the_period_labels_nothing(root, store):
 
 @pytest.fixture(scope="module")
 def handle(ray_session, root):
-    from ray import serve
-
     config = TeacherServiceConfig(root=str(root / "run"), model=MODEL)
     with ThreadPoolExecutor() as pool:  # a pipeline starts its teachers side by side; the first call starts Serve
         handles = [pool.submit(start_teacher, "test", name, config, cpus=0.1) for name in ("fm", "other")]
@@ -140,7 +138,6 @@ def handle(ray_session, root):
     for name, started in zip(("fm", "other"), handles, strict=True):
         assert started.exception() is None
         stop_teacher("test", name)
-    serve.shutdown()
 
 
 def label(root, store, handle, period: str, version: str = VERSION, labels: LabelStore | None = None, **options):

@@ -65,9 +65,7 @@ def pid_of(handle) -> int:
 
 
 @pytest.mark.ray
-def test_every_accepted_row_is_labelled_once_whatever_is_killed(ray_session, redis_server, tmp_path):
-    from ray import serve
-
+def test_every_accepted_row_is_labelled_once_whatever_is_killed(fresh_ray, redis_server, tmp_path):
     publish_teacher(tmp_path, V1)
     settings = config(
         tmp_path,
@@ -116,7 +114,6 @@ def test_every_accepted_row_is_labelled_once_whatever_is_killed(ray_session, red
         redis_server.start()
         stop_nearline(settings)
         stop_teacher("nearline", TEACHER)
-        serve.shutdown()
 
     spool = Spool(tmp_path, TEACHER)
     assert list(spool.waiting()) == []
