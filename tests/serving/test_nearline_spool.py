@@ -43,7 +43,11 @@ def test_tickets_are_random_and_in_the_order_of_their_time():
     assert 1000 < min(counts) <= max(counts) < 1800
 
 
-@pytest.mark.parametrize("text", ["", "../../etc/passwd", "x" * 32, new_ticket().upper(), new_ticket() + "0", "a\0b"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "../../etc/passwd", "x" * 32, new_ticket().upper(), new_ticket() + "0", "a\0b"],
+    ids=["empty", "outside", "letters", "capitals", "long", "zero byte"],
+)
 def test_what_is_no_ticket_reaches_no_file(spool, text):
     with pytest.raises(DataError, match="no ticket"):
         check_ticket(text)
