@@ -12,7 +12,7 @@ FBGEMM := $(if $(filter gpu,$(DEVICE)),fbgemm-gpu,fbgemm-gpu-cpu)==1.8.0
 # find a CPU build elsewhere (a local index, a wheel folder), set TORCH_INDEX to nothing.
 TORCH_INDEX ?= $(if $(filter gpu,$(DEVICE)),,$(shell $(PYTHON) -m pip config list 2>/dev/null | grep -q find-links || echo --extra-index-url https://download.pytorch.org/whl/cpu))
 
-# Tests share two processes: one has the Ray, the other all else. 0 runs them in one.
+# Tests share two processes, file by file; each has one Ray. 0 runs them in one.
 TEST_PROCESSES ?= 2
 
 .PHONY: help install demo test lint bench docs clean
@@ -36,7 +36,7 @@ demo: install
 	@$(BIN)/rayfm run examples/demo.yaml --overwrite
 
 test: install
-	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadgroup
+	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 
 lint: install
 	@$(BIN)/ruff format --check --quiet .

@@ -32,16 +32,8 @@ RAY: dict[str, Any] = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests: files on Ray stay in one, which has the one Ray; every file stays whole.
-
-    What replaces the session's Ray comes last.
-    """
-    files = {item: item.nodeid.split("::")[0] for item in items}
-    on_ray = {files[item] for item in items if "ray_session" in getattr(item, "fixturenames", ())}
-    for item, file in files.items():
-        item.add_marker(pytest.mark.xdist_group("ray" if file in on_ray else file))
+    """What replaces the session's Ray comes last."""
     items.sort(key=lambda item: "fresh_ray" in getattr(item, "fixturenames", ()))
 
 
