@@ -31,8 +31,11 @@ def difference(expected_B: Tensor, found_B: Tensor, binary: bool) -> float:
 
 
 def calibration_shift(expected_B: Tensor, found_B: Tensor) -> float:
-    """Mean prediction over mean expected prediction, minus 1."""
-    return float(found_B.double().mean() / expected_B.double().mean()) - 1
+    """Mean prediction over mean expected prediction, minus 1; 0 where both are the same, if only zeros."""
+    found, expected = float(found_B.double().mean()), float(expected_B.double().mean())
+    if found == expected:
+        return 0.0
+    return found / expected - 1 if expected else math.inf
 
 
 def expected_predictions(served: ServedModel, rows: CheckRows) -> dict[str, Tensor]:

@@ -416,3 +416,9 @@ def test_native_code_is_compiled_once_and_takes_each_versions_weights(tmp_path: 
             found = student(only_inputs(synthetic_batch(SMALL, 65, seed=9), None, rows))["click"]
             assert found.dtype == torch.float32
             assert 0 < float((found - expected[:rows]).abs().max()) < 0.02
+
+
+def test_calibration_shifts_by_hand() -> None:
+    assert calibration_shift(torch.tensor([0.2, 0.4]), torch.tensor([0.3, 0.6])) == pytest.approx(0.5)
+    assert calibration_shift(torch.zeros(3), torch.zeros(3)) == 0.0  # a model that has collapsed is exported as it is
+    assert calibration_shift(torch.zeros(3), torch.ones(3)) == float("inf")
