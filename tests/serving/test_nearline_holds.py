@@ -81,6 +81,7 @@ def test_a_hold_that_was_lost_is_taken_anew(collector, monkeypatch):
     assert held(collector)[V1] == 1
     before = collector.holders(MODEL, V1)[0]
     clock[0] += 20
+    time.sleep(0.01)  # the store's clock counts milliseconds
     holds.keep(V1)
     (after,) = collector.holders(MODEL, V1)
     assert after.token == before.token
