@@ -12,8 +12,20 @@ from typing import Any
 
 import pytest
 
+from rayfm.data.sources.base import SOURCES
+from rayfm.distill.base import OBJECTIVES
+from rayfm.models.base import MODELS
+
 ROOT = Path(__file__).resolve().parents[2]
 EXTENDING = ROOT / "docs" / "extending.md"
+
+
+@pytest.fixture
+def registered_for_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an example registers is gone after it: other tests of the process go through all registered parts."""
+    for registry in (MODELS, OBJECTIVES, SOURCES):
+        parts = {name: registry[name] for name in registry}  # loads them, so that the examples' are the only new ones
+        monkeypatch.setattr(registry, "_parts", parts)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +99,13 @@ def test_every_key_is_in_the_reference(check: ModuleType) -> None:
             assert f"| `{field.alias or name}` |" in text
 
 
+@pytest.mark.usefixtures("registered_for_the_test")
 @pytest.mark.parametrize("title", ["A model", "An objective", "A metric"])
 def test_extending(title: str) -> None:
     execute(section(title))
 
 
+@pytest.mark.usefixtures("registered_for_the_test")
 def test_extending_source(ray_session: None, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
