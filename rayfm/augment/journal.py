@@ -28,7 +28,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayfm.config import Config, DataError
+from rayfm.config import Config, DataError, RayfmError
+from rayfm.config.durable import sync_dir, sync_open, write_durably
 from rayfm.data.staging import disk_errors
 from rayfm.data.store import file_sha256
 
@@ -88,6 +89,7 @@ class Journal:
 
     Raises:
         DataError: another process holds it, it belongs to another config, or it cannot be read or written.
+        CapacityError: the disk is full.
     """
 
     def __init__(self, root: str | Path, identity: Mapping[str, Any]) -> None:
@@ -115,7 +117,7 @@ class Journal:
             raise DataError(f"{self.root}: cannot be written ({error.strerror}); name another root") from None
         try:
             self._recover()
-        except DataError:
+        except RayfmError:
             self.close()
             raise
 
@@ -184,7 +186,7 @@ class Journal:
         with disk_errors(path), path.open("wb") as file:
             with pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table)
-            _sync(file)
+            sync_open(file)
         return self.segment(kind, batch)
 
     def stage(
@@ -202,7 +204,7 @@ class Journal:
         staged.parent.mkdir(parents=True, exist_ok=True)
         with disk_errors(staged), staged.open("wb") as file:
             pq.write_table(table.combine_chunks(), file, compression="zstd")
-            _sync(file)
+            sync_open(file)
         return Output(
             path=path,
             rows=table.num_rows,
@@ -228,7 +230,7 @@ class Journal:
         """
         for folder in {self._staged(record.batch, file.path).parent for file in record.files} | {self.root / "state"}:
             if folder.exists():
-                _sync_folder(folder)
+                sync_dir(folder)
         run = self._database.execute
         try:
             run("BEGIN")
@@ -279,11 +281,9 @@ class Journal:
                 "files": [{"path": path, "rows": rows, "sha256": sha256} for path, rows, sha256 in files],
             }
             target = self.root / f"complete{dataset.removeprefix(EXAMPLES)}" / f"period={period}.json"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomic(target, json.dumps(marker, indent=1))
-            folders.add(target.parent)
+            self._write(target, json.dumps(marker, indent=1))
         for folder in folders:
-            _sync_folder(folder)
+            sync_dir(folder)
         shutil.rmtree(self.root / "staging", ignore_errors=True)
         self._drop_segments(record)
 
@@ -305,34 +305,15 @@ class Journal:
             shutil.rmtree(self.root / "staging", ignore_errors=True)
             self._drop_segments(None)
         lines = [json.dumps(entry.counts) + "\n" for entry in self.records()]
-        _write_atomic(self.root / "counts.jsonl", "".join(lines))
+        self._write(self.root / "counts.jsonl", "".join(lines))
+
+    def _write(self, path: Path, text: str) -> None:
+        write_durably(path, lambda file: file.write(text.encode()), only_writer=True)
 
     def records(self) -> Iterator[Record]:
         """Every batch, in order."""
         for (text,) in self._database.execute("SELECT record FROM batches ORDER BY batch"):
             yield Record.model_validate_json(text)
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    """The file is the old one or the new one; what a killed write left is written over by the next."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        _sync(file)
-    os.replace(temporary, path)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ from rayfm.augment.journal import EXAMPLES
 from rayfm.augment.views import ViewConfig, view, with_clusters
 from rayfm.augment.window import ScoringTeacher, label_window
 from rayfm.config import DataError
+from rayfm.config.durable import write_durably
 from rayfm.data.sources.base import Period
 from rayfm.data.sources.files import parquet_errors
-from rayfm.data.staging import disk_errors
 from rayfm.schema import Schema
 
 
@@ -74,7 +73,8 @@ class SharedDataset:
             teacher, version, period, file, and rows: scored, unwanted, rejected.
 
         Raises:
-            LabelError, DataError: as `label_window`; the file cannot be read, the folder not be written.
+            LabelError, DataError: as `label_window`; the file cannot be read.
+            CapacityError: the disk is full, or the folder cannot be written.
         """
         place = f"period={period.name}/{file}"
         path = self.root / EXAMPLES / place
@@ -142,12 +142,5 @@ class SharedDataset:
 
 
 def _write(path: Path, table: pa.Table) -> None:
-    """Write a file durably under its name or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(path):
-        with temporary.open("wb") as file:
-            pq.write_table(table.combine_chunks(), file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    rows = table.combine_chunks()
+    write_durably(path, lambda file: pq.write_table(rows, file, compression="zstd"), only_writer=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayfm.config import Config, DataError
+from rayfm.config.durable import write_whole
 from rayfm.schema import KINDS, Kind, Schema
 
 MANIFEST = "manifest.json"
@@ -80,11 +80,16 @@ def period_name(start: datetime.datetime, length: datetime.timedelta) -> str:
 
 
 def write_json_atomic(path: Path, data: Any) -> None:
-    """Write JSON so that a reader sees the old file, the new one, or none: never a part of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=1))
-    os.replace(temporary, path)
+    """Write JSON so that a reader sees the old file, the new one, or none: never a part of one.
+
+    Not synced: a trainer writes its progress at every few steps, and whatever else is written here can be made again
+    from what it was made of, once a reader has refused what a power cut emptied.
+
+    Raises:
+        CapacityError: the disk is full, or the folder cannot be written.
+    """
+    text = json.dumps(data, indent=1).encode()
+    write_whole(path, lambda file: file.write(text))
 
 
 def file_sha256(path: Path) -> str:

@@ -7,7 +7,6 @@ R bootstrap replicates.
 from __future__ import annotations
 
 import dataclasses
-import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rayfm.config import DataError
+from rayfm.config.durable import write_whole
 from rayfm.metrics.bootstrap import bootstrap_weights
 from rayfm.metrics.functions import Array
 from rayfm.schema import KINDS
@@ -238,8 +238,13 @@ class MetricState:
             tensor.copy_(part.view(tensor.shape))
 
     def save(self, path: str | Path) -> None:
-        """Write a ``.npz`` that appears whole or not at all. Cells without rows are left out."""
-        path = Path(path)
+        """Write a ``.npz`` that appears whole or not at all. Cells without rows are left out.
+
+        Not synced: `load` refuses what a power cut emptied.
+
+        Raises:
+            CapacityError: the disk is full, or the folder cannot be written.
+        """
         arrays = {
             f"{KINDS[kind]}/{task}/{name}": tensor.numpy()
             for (kind, task), cell in self._cells.items()
@@ -251,11 +256,7 @@ class MetricState:
             "layout/traffics": np.array(self.traffics, dtype=np.str_),
             "layout/sizes": np.array([self.replicates, self.bins, self.replicate_bins]),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **header, **arrays)
-        os.replace(temporary, path)
+        write_whole(Path(path), lambda file: np.savez_compressed(file, allow_pickle=False, **header, **arrays))
 
     @classmethod
     def load(cls, path: str | Path) -> MetricState:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from rayfm.config.durable import write_whole
 from rayfm.report import sections
 from rayfm.report.run import Run
 
@@ -56,7 +56,5 @@ def write_page(
     # Figures are our own SVG; everything else on the page is escaped.
     environment.filters["svg"] = Markup
     page = environment.get_template("page.html").render(name=name, facts=facts, sections=parts, config=config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    # Not synced: a page is drawn anew from the run at any time.
+    write_whole(path, lambda file: file.write(page.encode()))

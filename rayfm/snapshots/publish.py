@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rayfm.config import Config, SnapshotError
+from rayfm.config.durable import sync_dir, sync_open
 from rayfm.snapshots.manifest import (
     MANIFEST,
     FileRecord,
@@ -31,7 +32,6 @@ from rayfm.snapshots.manifest import (
     TensorRecord,
     extent,
     file_sha256,
-    sync_dir,
     version_dir,
 )
 
@@ -123,7 +123,7 @@ class SnapshotWriter:
             try:
                 save(temporary)
                 with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
+                    sync_open(file)
                 record = FileRecord(sha256=file_sha256(temporary), bytes=temporary.stat().st_size)
                 name = f"{prefix}-{record.sha256[:16]}.safetensors"
                 os.replace(temporary, self.folder / name)
@@ -191,10 +191,9 @@ class SnapshotWriter:
         temporary = self.folder / f".{MANIFEST}.{uuid.uuid4().hex}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w") as file:
-                json.dump(manifest.dump(), file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
+            with temporary.open("wb") as file:
+                file.write(json.dumps(manifest.dump(), indent=1).encode())
+                sync_open(file)
             try:
                 _move_new(temporary, path)
             finally:

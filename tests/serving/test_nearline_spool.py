@@ -12,7 +12,7 @@ import pytest
 from nearline_cases import TEACHER, V1, V2, config, rows
 
 from rayfm.config import CapacityError, DataError, LabelError
-from rayfm.serving.nearline.durable import TEMPORARY
+from rayfm.config.durable import TEMPORARY
 from rayfm.serving.nearline.labeller import Failure, settle, take
 from rayfm.serving.nearline.spool import ROW, Spool
 from rayfm.serving.nearline.tickets import check_ticket, new_ticket, ticket_time

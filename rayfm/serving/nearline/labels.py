@@ -41,6 +41,7 @@ from deltalake.schema import PrimitiveType
 from deltalake.transaction import AddAction
 
 from rayfm.config import CapacityError, LabelError
+from rayfm.config.durable import sync_file, write_durably
 from rayfm.labels.columns import (
     EXAMPLE_ID,
     PERIOD,
@@ -52,7 +53,6 @@ from rayfm.labels.columns import (
     check_task,
     task_column,
 )
-from rayfm.serving.nearline.durable import sync_file, write_durably
 
 TICKET = "ticket"
 PARTITIONS = (TEACHER, PERIOD)

@@ -27,10 +27,9 @@ from typing import Any
 import pyarrow as pa
 
 from rayfm.config import DataError
+from rayfm.config.durable import TEMPORARY, sync_dir, write_durably
 from rayfm.labels.columns import check_part
-from rayfm.serving.nearline.durable import TEMPORARY, write_durably
 from rayfm.serving.nearline.tickets import Backlog, TicketStatus, check_ticket, new_ticket, ticket_time
-from rayfm.snapshots.manifest import sync_dir
 
 ROW = "nearline/row"
 """Column of the spooled rows: each one's position in the post."""
