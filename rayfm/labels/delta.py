@@ -23,8 +23,9 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from rayfm.config import LabelError
 from rayfm.labels.columns import PARTITIONS, PERIOD, TASK_PREFIX, TEACHER, check_table, table_schema, task_column
+from rayfm.labels.files import one_line
 from rayfm.labels.index import LabelFile
-from rayfm.labels.storage import Storage, one_line
+from rayfm.labels.storage import Storage
 
 RETRIES = 100
 EXPIRED = "rayfm.expired"

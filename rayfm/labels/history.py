@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,7 +29,9 @@ import pyarrow.parquet as pq
 from rayfm.config import LabelError
 from rayfm.data.store import ExampleStore
 from rayfm.labels.columns import check_part
+from rayfm.labels.files import one_line
 from rayfm.labels.lookup import LabelLookup
+from rayfm.labels.storage import HISTORIES, Storage
 from rayfm.schema import Kind
 
 Float32 = npt.NDArray[np.float32]
@@ -114,18 +115,25 @@ class HistoryStore:
     """The files of histories below ``<root>/histories``.
 
     Args:
-        root: the label store's root.
+        root: the label store's root, as `LabelStore`'s.
+
+    Raises:
+        ConfigError: the root is no folder and no ``s3://bucket/prefix``.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.folder = Path(root) / "histories"
+    def __init__(self, root: str | Path | Storage) -> None:
+        self.storage = Storage.of(root)
+        self.files = self.storage.files(HISTORIES)
 
-    def path(self, spec: HistorySpec, period: str) -> Path:
-        """The state before ``period``."""
-        return self.folder / check_part("teacher", spec.teacher) / check_part("key", spec.key) / f"{period}.parquet"
+    def path(self, spec: HistorySpec, period: str) -> str:
+        """The state before ``period``, relative to ``<root>/histories``."""
+        return f"{check_part('teacher', spec.teacher)}/{check_part('key', spec.key)}/{period}.parquet"
+
+    def _where(self, spec: HistorySpec, period: str) -> str:
+        return f"{self.files.place}/{self.path(spec, period)}"
 
     def write(self, spec: HistorySpec, period: str, state: HistoryState, version: str | None) -> None:
-        """Write the state before ``period``, durably or not at all.
+        """Write the state before ``period``, durably or not at all; one that stands is replaced.
 
         Args:
             spec: which history.
@@ -139,18 +147,19 @@ class HistoryStore:
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(state.vector.reshape(-1)), spec.width)
         meta = {"rayfm": json.dumps({**dataclasses.asdict(spec), "version": version})}
         table = pa.table({KEY: state.keys, WEIGHT: state.weight, VECTOR: vectors}).replace_schema_metadata(meta)
-        path = self.path(spec, period)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.files.put(self.path(spec, period), lambda file: pq.write_table(table, file, compression="zstd"))
+
+    def stands(self, spec: HistorySpec, period: str) -> bool:
+        """Whether there is a state before ``period``.
+
+        Raises:
+            LabelError: the storage cannot be asked.
+        """
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                pq.write_table(table, file, compression="zstd")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            (size,) = self.files.sizes([self.path(spec, period)])
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise LabelError(f"{path}: cannot write ({error.strerror or error}); free space or fix access") from None
+            raise LabelError(f"{self._where(spec, period)}: cannot be seen ({one_line(error)}); check access") from None
+        return size is not None
 
     def read(self, spec: HistorySpec, period: str) -> HistoryState:
         """The state before ``period``.
@@ -158,18 +167,21 @@ class HistoryStore:
         Raises:
             LabelError: it is not there, corrupt, or another history's.
         """
-        path = self.path(spec, period)
+        where = self._where(spec, period)
         try:
-            table = pq.read_table(path)
+            with self.files.read(self.path(spec, period)) as file:
+                table = pq.read_table(file)
         except FileNotFoundError:
-            raise LabelError(f"{path}: no history before this period; label the periods in order") from None
+            raise LabelError(f"{where}: no history before this period; label the periods in order") from None
         except (OSError, pa.ArrowInvalid) as error:
-            raise LabelError(f"{path}: corrupt history ({error}); remove it and label the period again") from None
+            raise LabelError(
+                f"{where}: corrupt history ({one_line(error)}); remove it and label the period again"
+            ) from None
         made = json.loads((table.schema.metadata or {}).get(b"rayfm", b"{}"))
         for field, value in dataclasses.asdict(spec).items():
             if made.get(field) != value:
                 raise LabelError(
-                    f"{path}: made with {field} {made.get(field)!r}, asked with {value!r}; start a new run, or remove "
+                    f"{where}: made with {field} {made.get(field)!r}, asked with {value!r}; start a new run, or remove "
                     "the folder and the labels after it"
                 )
         vectors = table[VECTOR].combine_chunks()
@@ -197,13 +209,13 @@ class HistoryStore:
                 another.
             DataError: the examples of the period before it cannot be read.
         """
-        if self.path(spec, period).exists():
+        if self.stands(spec, period):
             return
         if before is None:
             self.write(spec, period, HistoryState.empty(spec.width, _key_type(store, period, spec.key)), None)
             return
         earlier, version, table_version = before
-        lookup = LabelLookup((self.folder.parent, table_version), spec.teacher, version, (), spec.width)
+        lookup = LabelLookup((self.storage, table_version), spec.teacher, version, (), spec.width)
         state = self.read(spec, earlier).then(spec.decay, _rows(spec, store, earlier, lookup))
         self.write(spec, period, state, version)
 
@@ -243,7 +255,7 @@ class HistoryLookup:
     """The histories of a period's rows, by place: what a reader asks for beside supervision.
 
     Args:
-        root: the label store's root.
+        root: the label store's root, as `LabelStore`'s. It does not travel with the look-up, which has the state.
         spec: which history.
         store: the example store, whose rows have the keys.
         period: the period that is read; the state before it is what its rows get.
@@ -252,7 +264,7 @@ class HistoryLookup:
         LabelError: there is no such state.
     """
 
-    def __init__(self, root: str | Path, spec: HistorySpec, store: ExampleStore, period: str) -> None:
+    def __init__(self, root: str | Path | Storage, spec: HistorySpec, store: ExampleStore, period: str) -> None:
         self.name, self.width = spec.name, spec.width
         self.spec, self.store, self.period = spec, store, period
         self.state = HistoryStore(root).read(spec, period)

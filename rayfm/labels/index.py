@@ -16,7 +16,7 @@ from deltalake import DeltaTable
 
 from rayfm.config import LabelError
 from rayfm.labels.columns import KIND, LANE, PERIOD, PLACE, ROW, TASK_PREFIX, TEACHER, VERSION, task_column
-from rayfm.labels.storage import Files, one_line
+from rayfm.labels.files import Files, one_line
 
 BoundT = TypeVar("BoundT", int, str)
 

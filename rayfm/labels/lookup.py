@@ -24,9 +24,10 @@ from rayfm.config import LabelError
 from rayfm.data.conform import one_array
 from rayfm.labels.columns import EXAMPLE_ID, KIND, LANE, REPRESENTATION, ROW, TASK_PREFIX, VERSION, task_column
 from rayfm.labels.delta import open_table
+from rayfm.labels.files import Files
 from rayfm.labels.index import LabelFile, RowGroup, label_files, open_file, row_groups, unreadable
 from rayfm.labels.pins import Pin
-from rayfm.labels.storage import Files, Storage
+from rayfm.labels.storage import Storage
 from rayfm.schema import Kind
 
 Float32 = npt.NDArray[np.float32]

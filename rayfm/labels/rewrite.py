@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 
 from rayfm.config import LabelError
 from rayfm.labels.columns import EXAMPLE_ID, KIND, LANE, REPRESENTATION, ROW, VERSION
+from rayfm.labels.files import Files
 from rayfm.labels.index import LabelFile, RowGroup, open_file, row_groups, unreadable
 from rayfm.labels.lane_file import data_path, parquet_writer, row_group_rows
-from rayfm.labels.storage import Files
 
 
 @dataclasses.dataclass(frozen=True)

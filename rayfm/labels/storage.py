@@ -1,7 +1,8 @@
 """Where a label store lies: a folder, or a prefix of a bucket behind the S3 API.
 
-Delta Lake reads and writes the table's log with its own client; data files are read and written here, on a folder with
-plain files and on S3 with Arrow's file system. Both clients get the same endpoint, region and keys.
+Delta Lake reads and writes the table's log with its own client; data files and histories are read and written here
+(`rayfm.labels.files`), on a folder with plain files and on S3 with Arrow's file system. Both clients get the same
+endpoint, region and keys.
 """
 
 from __future__ import annotations
@@ -9,23 +10,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
-import pyarrow.parquet as pq
 from pydantic import SecretStr, field_validator, model_validator
 
-from rayfm.config import Config, ConfigError, LabelError, validate
+from rayfm.config import Config, ConfigError, validate
+from rayfm.labels.files import Files, LocalFiles, S3Files
 
 FOLDER = "labels"
 """The table's folder below the root."""
 
-KEPT_FOOTER_BYTES = 32 << 20
-"""Footers of data files that stay in memory: a compacted file is opened for each of its lanes."""
+HISTORIES = "histories"
+"""The folder of the histories below the root."""
 
 _S3 = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/?#\s]+)*/?")
 _OPTIONS = ("endpoint", "region", "access_key_id", "secret_access_key", "session_token")
@@ -40,7 +38,8 @@ class Storage(Config):
     """
 
     root: str
-    """A local or mounted folder, or ``s3://bucket/prefix``. The table is the folder ``labels`` in it."""
+    """A local or mounted folder, or ``s3://bucket/prefix``. The table is the folder ``labels`` in it; histories are in
+    its folder ``histories``."""
     endpoint: str | None = None
     """URL of an S3-compatible service, such as ``http://minio:9000``; by default AWS's own."""
     region: str | None = None
@@ -51,19 +50,12 @@ class Storage(Config):
     @field_validator("root")
     @classmethod
     def _check_root(cls, root: str) -> str:
-        scheme, separator, _ = root.partition("://")
-        if separator and scheme != "s3":
-            raise ValueError(f"{scheme!r} is no storage; give a folder or s3://bucket/prefix")
-        if separator and not _S3.fullmatch(root):
-            raise ValueError("is not s3://bucket/prefix; correct it")
-        return root
+        return check_root(root)
 
     @field_validator("endpoint")
     @classmethod
     def _check_endpoint(cls, endpoint: str | None) -> str | None:
-        if endpoint is not None and urlsplit(endpoint).scheme not in ("http", "https"):
-            raise ValueError("is not an http or https URL, such as http://minio:9000")
-        return endpoint
+        return check_endpoint(endpoint)
 
     @model_validator(mode="after")
     def _check_options(self) -> Storage:
@@ -94,7 +86,10 @@ class Storage(Config):
     @property
     def table(self) -> str:
         """The table's folder or URL."""
-        return str(Path(self.root) / FOLDER) if self.local else f"{self.root.rstrip('/')}/{FOLDER}"
+        return self._below(FOLDER)
+
+    def _below(self, folder: str) -> str:
+        return str(Path(self.root) / folder) if self.local else f"{self.root.rstrip('/')}/{folder}"
 
     def delta_options(self) -> dict[str, str] | None:
         """What Delta Lake's client needs; None for a folder.
@@ -112,13 +107,74 @@ class Storage(Config):
             options["aws_allow_http"] = "true"
         return {name: value for name, value in options.items() if value is not None}
 
-    def files(self) -> Files:
-        """The table's data files.
+    def files(self, folder: str = FOLDER) -> Files:
+        """The files of a folder below the root: the table's data files, or the histories.
 
         Raises:
             ConfigError: this build of Arrow has no S3.
         """
-        return LocalFiles(self.table) if self.local else S3Files(self)
+        if self.local:
+            return LocalFiles(self._below(folder))
+        reach = _Reach.of(self)
+        options: dict[str, Any] = {"region": reach.region}
+        if reach.endpoint is not None:
+            parts = urlsplit(reach.endpoint)
+            options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc + parts.path.rstrip("/")}
+        if reach.access_key_id is not None:
+            options |= {"access_key": reach.access_key_id, "secret_key": reach.secret_access_key}
+            options |= {"session_token": reach.session_token}
+        return S3Files(self._below(folder), s3_client()(**options))
+
+    def stands(self) -> bool:
+        """Whether anything was ever stored here: a table or histories.
+
+        Raises:
+            LabelError: the storage cannot be asked.
+        """
+        return any(self.files(folder).stand() for folder in (HISTORIES, FOLDER))
+
+    def clear(self) -> None:
+        """Delete the table and the histories, pinned or not. What else lies at the root, or beside it, stays.
+
+        Raises:
+            LabelError: the storage refuses. Some files may be gone then; clear it again.
+        """
+        for folder in (HISTORIES, FOLDER):
+            self.files(folder).clear()
+
+    def check_access(self) -> None:
+        """Write a file and delete it, so that a wrong bucket or key shows before there is something to store.
+
+        Raises:
+            LabelError: the storage refuses.
+        """
+        self.files(HISTORIES).check_access()
+
+
+def check_root(root: str) -> str:
+    """``root`` if a store can lie there. Raises ValueError where it is a URL that is not ``s3://bucket/prefix``."""
+    scheme, separator, _ = root.partition("://")
+    if separator and scheme != "s3":
+        raise ValueError(f"{scheme!r} is no storage; give a folder or s3://bucket/prefix")
+    if separator and not _S3.fullmatch(root):
+        raise ValueError("is not s3://bucket/prefix; correct it")
+    return root
+
+
+def check_endpoint(endpoint: str | None) -> str | None:
+    """``endpoint`` if it is a service's URL, or None. Raises ValueError where it is something else."""
+    if endpoint is not None and urlsplit(endpoint).scheme not in ("http", "https"):
+        raise ValueError("is not an http or https URL, such as http://minio:9000")
+    return endpoint
+
+
+def s3_client() -> Any:
+    """Arrow's class of S3 file systems. Raises ConfigError where this build of Arrow has none."""
+    try:
+        from pyarrow.fs import S3FileSystem
+    except ImportError:
+        raise ConfigError("this build of pyarrow has no S3; install one that has, or use a folder") from None
+    return S3FileSystem
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -145,139 +201,3 @@ class _Reach:
         if keys[0] is None or keys[1] is None:
             keys = [None, None, None]
         return cls(endpoint, region, *keys)
-
-
-class Files(Protocol):
-    """Immutable data files, by their paths relative to the table."""
-
-    def write(self, path: str, write: Callable[[Any], None]) -> tuple[int, int]:
-        """Make a file, durably: ``write`` is given a binary file. Nothing reads it before a commit names it.
-
-        Returns:
-            Its size in bytes and its modification time in milliseconds since 1970.
-
-        Raises:
-            LabelError: the storage refuses.
-        """
-        ...
-
-    def open(self, path: str) -> pq.ParquetFile:
-        """A file, to read. Raises OSError or ArrowInvalid where it is missing or corrupt."""
-        ...
-
-    def sizes(self, paths: Sequence[str]) -> list[int | None]:
-        """Bytes of each file, None where it does not exist. Raises OSError where the storage cannot be asked."""
-        ...
-
-
-class _Footers:
-    """The newest footers. Files never change under their name, so a footer that was read stays right."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[str, pq.FileMetaData] = OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    def open(self, path: str, source: Any, **how: Any) -> pq.ParquetFile:
-        with self._lock:
-            known = self._kept.get(path)
-        file = pq.ParquetFile(source, metadata=known, **how)
-        with self._lock:
-            if path not in self._kept:
-                self._kept[path] = file.metadata
-                self._bytes += file.metadata.serialized_size
-            self._kept.move_to_end(path)
-            while self._bytes > KEPT_FOOTER_BYTES and len(self._kept) > 1:
-                self._bytes -= self._kept.popitem(last=False)[1].serialized_size
-        return file
-
-
-class LocalFiles:
-    """Files in a folder."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder, self._footers = Path(folder), _Footers()
-
-    def write(self, path: str, write: Callable[[Any], None]) -> tuple[int, int]:
-        whole = self.folder / path
-        try:
-            whole.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with whole.open("xb") as file:
-                    write(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except BaseException:
-                whole.unlink(missing_ok=True)  # what a kill leaves instead is vacuumed
-                raise
-            status = whole.stat()
-        except OSError as error:
-            raise LabelError(f"{whole}: cannot write ({error.strerror or error}); free space or fix access") from None
-        return status.st_size, int(status.st_mtime * 1000)
-
-    def open(self, path: str) -> pq.ParquetFile:
-        return self._footers.open(path, str(self.folder / path))
-
-    def sizes(self, paths: Sequence[str]) -> list[int | None]:
-        return [self._size(self.folder / path) for path in paths]
-
-    @staticmethod
-    def _size(path: Path) -> int | None:
-        try:
-            return path.stat().st_size
-        except FileNotFoundError:
-            return None
-
-
-class S3Files:
-    """Files below a prefix of a bucket."""
-
-    def __init__(self, storage: Storage) -> None:
-        try:
-            from pyarrow.fs import S3FileSystem
-        except ImportError:
-            raise ConfigError("this build of pyarrow has no S3; install one that has, or use a folder") from None
-
-        reach = _Reach.of(storage)
-        options: dict[str, Any] = {"region": reach.region}
-        if reach.endpoint is not None:
-            parts = urlsplit(reach.endpoint)
-            options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc + parts.path.rstrip("/")}
-        if reach.access_key_id is not None:
-            options |= {"access_key": reach.access_key_id, "secret_key": reach.secret_access_key}
-            options |= {"session_token": reach.session_token}
-        self.table, self._footers = storage.table, _Footers()
-        self._system = S3FileSystem(**options)
-
-    def _key(self, path: str) -> str:
-        return f"{self.table.removeprefix('s3://')}/{path}"
-
-    def write(self, path: str, write: Callable[[Any], None]) -> tuple[int, int]:
-        try:
-            with self._system.open_output_stream(self._key(path)) as file:  # visible once it is closed
-                write(file)
-            info = self._system.get_file_info(self._key(path))
-        except OSError as error:
-            raise LabelError(
-                f"{self.table}/{path}: cannot write ({one_line(error)}); check bucket, endpoint and keys"
-            ) from None
-        return info.size, int(info.mtime_ns // 1_000_000)
-
-    def open(self, path: str) -> pq.ParquetFile:
-        # pre_buffer reads the columns of a row group in few requests.
-        return self._footers.open(path, self._system.open_input_file(self._key(path)), pre_buffer=True)
-
-    def sizes(self, paths: Sequence[str]) -> list[int | None]:
-        if not paths:
-            return []
-        found = self._system.get_file_info([self._key(path) for path in paths])
-        return [info.size if info.is_file else None for info in found]
-
-
-def one_line(error: object) -> str:
-    """An error's message without colours, line breaks and XML, at most 300 characters: clients of S3 write pages."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    code = re.search(r"<Code>(\w+)</Code>", text)
-    text = re.sub(r"<\?xml.*", f"({code.group(1)})" if code else "", text, flags=re.DOTALL)
-    text = " ".join(text.replace("↳", " ").split())
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -26,10 +26,11 @@ from rayfm.labels.delta import (
     taking_turns,
     was_expired,
 )
+from rayfm.labels.files import one_line
 from rayfm.labels.index import LabelGroup, groups, label_files
 from rayfm.labels.lane_file import LaneRecord, write_lane_file
 from rayfm.labels.pins import Pin
-from rayfm.labels.storage import Storage, one_line
+from rayfm.labels.storage import Storage
 from rayfm.schema import Kind, Task
 from rayfm.snapshots.metadata.base import Lease, MetadataStore
 

@@ -247,7 +247,7 @@ class StoredLabels:
         Raises:
             LabelError: there is no such state, or it was made by another config.
         """
-        return HistoryLookup(self.storage.root, history_spec(history), store, period)
+        return HistoryLookup(self.storage, history_spec(history), store, period)
 
     def _pin(self, teacher: str, labels: PinnedLabels) -> Pin:
         store = LabelStore(self.storage, self.metadata)

@@ -105,7 +105,7 @@ def test_each_period_sees_the_periods_before_it(stores, clicked: bool):
             assert found[key][0] == pytest.approx(weight)
             np.testing.assert_allclose(found[key][1], vector, rtol=1e-6, atol=1e-6)
         before = (period, "v1", committed[period])
-    path = histories.path(spec, PERIODS[2])
+    path = root / "histories" / histories.path(spec, PERIODS[2])
     written = path.read_bytes(), path.stat().st_mtime_ns
     histories.advance(spec, store, PERIODS[2], before)  # done already
     assert (path.read_bytes(), path.stat().st_mtime_ns) == written
@@ -146,6 +146,6 @@ def test_what_is_not_there_or_another_is_refused(stores):
     histories.advance(SPEC, store, PERIODS[0], None)
     with pytest.raises(LabelError, match=r"made with decay 0\.5, asked with 0\.9; start a new run"):
         histories.read(HistorySpec("fm", "user", 0.9, None, WIDTH), PERIODS[0])
-    histories.path(SPEC, PERIODS[0]).write_bytes(b"PAR1")
+    (root / "histories" / histories.path(SPEC, PERIODS[0])).write_bytes(b"PAR1")
     with pytest.raises(LabelError, match="corrupt history"):
         histories.read(SPEC, PERIODS[0])

@@ -8,7 +8,7 @@ import pytest
 from deltalake import DeltaTable
 
 from rayfm.config import LabelError
-from rayfm.labels import LabelLookup, LabelStore, lane_file, storage
+from rayfm.labels import LabelLookup, LabelStore, files, lane_file
 from rayfm.schema import Task
 
 TASKS = (Task(name="click"), Task(name="like"))
@@ -207,7 +207,7 @@ def test_nothing_to_look_up(tmp_path):
 def test_footers_beyond_what_is_kept_are_read_again(tmp_path, monkeypatch):
     ids = [example_ids(200, lane) for lane in range(4)]
     store_lanes(tmp_path, *map(labels_of, ids))
-    monkeypatch.setattr(storage, "KEPT_FOOTER_BYTES", 1)
+    monkeypatch.setattr(files, "KEPT_FOOTER_BYTES", 1)
     lookup = LabelLookup((tmp_path, None), "fm", "v1", ("click", "like"))
     for start in range(0, 200, 50):
         for lane in range(4):

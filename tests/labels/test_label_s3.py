@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
 import pytest
+from buckets import BUCKET, ENVIRONMENT, ID, SECRET, objects, put, s3_service
 from example_store import write_store
 from stored_lanes import LANES, PERIOD, ROWS, TASKS, all_lanes, check_complete, lane_labels, run_job, write
 
@@ -26,32 +23,19 @@ from rayfm.labels import (
     coverage,
     expire,
 )
-from rayfm.labels.storage import one_line
+from rayfm.labels.files import one_line
+from rayfm.labels.history import HistorySpec, HistoryState, HistoryStore
 from rayfm.snapshots import SQLiteMetadataStore
 
-BUCKET, KEYS = "teachers-labels", {"access_key_id": "an-id", "secret_access_key": "a-secret"}
+KEYS = {"access_key_id": ID, "secret_access_key": SECRET}
 SPAWN = multiprocessing.get_context("spawn")
-ENVIRONMENT = (
-    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
-)  # fmt: skip
+HISTORY = HistorySpec("fm", "user", 0.5, None, 2)
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    script = Path(__file__).with_name("s3_server.py")
-    server = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        address = f"127.0.0.1:{int(server.stdout.readline())}"
-        system = pyarrow.fs.S3FileSystem(
-            endpoint_override=address, scheme="http", region="us-east-1", access_key="an-id", secret_key="a-secret",
-            allow_bucket_creation=True,
-        )  # fmt: skip
-        system.create_dir(BUCKET)
-        yield f"http://{address}"
-    finally:
-        server.stdin.close()
-        server.wait(30)
+    with s3_service() as url:
+        yield url
 
 
 @pytest.fixture(autouse=True)
@@ -270,3 +254,113 @@ def test_a_label_job_and_a_trainer_meet_in_a_bucket(storage, tmp_path):
     values, mask = lookup.rows(period, "impression", 1, 0, 60, ids)
     assert mask.all()
     assert len(np.unique(values)) > 10
+
+
+def states() -> tuple[HistoryState, HistoryState]:
+    """Two of one history."""
+    one = HistoryState.empty(2, pa.int64()).then(0.5, [(pa.array([7, 3]), np.array([[1, 0], [1 / 3, 5]], np.float32))])
+    return one, one.then(0.5, [(pa.array([7]), np.array([[6, 0.1]], np.float32))])
+
+
+def test_a_history_is_read_back_bit_for_bit_and_replaced_whole(storage, tmp_path):
+    histories, here = HistoryStore(storage), HistoryStore(tmp_path)
+    for state in states():
+        for store in (histories, here):
+            store.write(HISTORY, PERIOD, state, "2022-04-24-aa")
+            found = store.read(HISTORY, PERIOD)
+            assert found.keys.equals(state.keys)
+            assert (found.weight.tobytes(), found.vector.tobytes()) == (state.weight.tobytes(), state.vector.tobytes())
+    assert histories.stands(HISTORY, PERIOD)
+    assert not histories.stands(HISTORY, "2022-05-01")
+    prefix = storage.root.removeprefix(f"s3://{BUCKET}/")
+    key = f"{prefix}/histories/fm/user/{PERIOD}.parquet"
+    written = (tmp_path / "histories" / histories.path(HISTORY, PERIOD)).read_bytes()
+    assert objects(storage.endpoint, prefix) == {key: len(written)}, "the folder's bytes, and nothing beside them"
+    with histories.files.read(histories.path(HISTORY, PERIOD)) as file:
+        assert file.read() == written
+    with pytest.raises(LabelError, match=r"made with decay 0\.5, asked with 0\.9; start a new run"):
+        histories.read(HistorySpec("fm", "user", 0.9, None, 2), PERIOD)
+    with pytest.raises(
+        LabelError, match=r"s3://.*/histories/fm/user/2022-05-01.parquet: no history before this period"
+    ):
+        histories.read(HISTORY, "2022-05-01")
+    put(storage.endpoint, key, b"PAR1")
+    with pytest.raises(LabelError, match="corrupt history") as found:
+        histories.read(HISTORY, PERIOD)
+    assert len(str(found.value).splitlines()) == 1
+
+
+def break_off(file) -> None:
+    file.write(b"half of it")
+    raise KeyError("broken off")
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+def test_a_file_that_is_broken_off_leaves_the_one_before(storage, tmp_path, bucket):
+    """Closing a stream of Arrow's completes its upload, so nothing may be sent before all is there."""
+    files = (storage if bucket else Storage(root=str(tmp_path))).files("histories")
+    with pytest.raises(KeyError):
+        files.put("a/b", break_off)
+    assert not files.stand()
+    files.put("a/b", lambda file: file.write(b"whole"))
+    with pytest.raises(KeyError):
+        files.put("a/b", break_off)
+    with files.read("a/b") as file:
+        assert file.read() == b"whole"
+    assert files.sizes(["a/b", "a/c"]) == [5, None]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ([] if bucket else ["b"])
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+def test_a_store_is_cleared_and_its_neighbours_stay(endpoint, tmp_path, request, bucket):
+    """Beside it lie a store whose name begins alike, one below it, and what is not the store's."""
+    top = request.node.name.partition("[")[0]
+    base = f"s3://{BUCKET}/{top}" if bucket else str(tmp_path)
+    options = {"endpoint": endpoint, **KEYS} if bucket else {}
+    store, other, inner = (Storage(root=f"{base}/{name}", **options) for name in ("run", "run-2", "run/inner"))
+
+    def kept() -> list[str]:
+        found = objects(endpoint, f"{top}/run") if bucket else (tmp_path / "run").rglob("*.txt")
+        return [key for key in map(str, found) if key.endswith(".txt")]
+
+    for one in (store, other, inner):
+        assert not one.stands()
+        one.clear()  # nothing is there, and that is no error
+        run_job(one)
+        HistoryStore(one).write(HISTORY, PERIOD, states()[0], None)
+        assert one.stands()
+    for name in ("run/notes.txt", "run/labels.txt"):
+        if bucket:
+            put(endpoint, f"{top}/{name}", b"mine")
+        else:
+            (tmp_path / name).write_text("mine")
+    store.clear()
+    assert not store.stands()
+    assert LabelStore(store).list() == []
+    assert not HistoryStore(store).stands(HISTORY, PERIOD)
+    assert len(kept()) == 2
+    for one in (other, inner):
+        check_complete(one)
+        assert HistoryStore(one).stands(HISTORY, PERIOD)
+    assert run_job(store).added == 2 * LANES, "a cleared place is as good as new"
+    check_complete(store)
+    store.clear()
+    HistoryStore(store).write(HISTORY, PERIOD, states()[0], None)
+    assert store.stands(), "histories alone are something"
+
+
+def test_access_is_tried_out_before_there_is_something_to_store(storage, tmp_path):
+    storage.check_access()
+    assert objects(storage.endpoint, storage.root.removeprefix(f"s3://{BUCKET}/")) == {}
+    assert not storage.stands()
+    Storage(root=str(tmp_path)).check_access()
+    assert not Storage(root=str(tmp_path)).stands()
+    nowhere = Storage(root="s3://no-such-bucket/labels", endpoint=storage.endpoint, **KEYS)
+    gone = Storage(root=f"s3://{BUCKET}/labels", endpoint="http://127.0.0.1:1", **KEYS)
+    for use in (nowhere.check_access, gone.stands, gone.clear):
+        with pytest.raises(LabelError, match=r"s3://[\w-]+/labels/histories.*check bucket, endpoint and keys") as found:
+            use()
+        assert len(str(found.value).splitlines()) == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LabelError, match="cannot write"):
+        Storage(root=str(tmp_path / "file")).check_access()
