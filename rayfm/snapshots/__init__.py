@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from rayfm.snapshots.current import Current, Pointer, Refusal, read_current, readmit, refusals
+from rayfm.snapshots.failures import LoadFailure, LoadFailures, load_failures
 from rayfm.snapshots.manifest import SnapshotManifest, check_name, version_id
 from rayfm.snapshots.metadata import (
     Conflict,
@@ -48,6 +49,8 @@ __all__ = [
     "Lease",
     "LeaseHeld",
     "LeaseLost",
+    "LoadFailure",
+    "LoadFailures",
     "Loader",
     "MetadataStore",
     "Pointer",
@@ -62,6 +65,7 @@ __all__ = [
     "TensorSlice",
     "Updater",
     "check_name",
+    "load_failures",
     "open_metadata",
     "read_current",
     "readmit",

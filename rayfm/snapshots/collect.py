@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Sequence
 
 from rayfm.config import SnapshotError
-from rayfm.snapshots.current import given_up, read_current
+from rayfm.snapshots.current import given_up, read_current, readmit
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import MANIFEST, check_name
 from rayfm.snapshots.metadata.base import Conflict, Lease, LeaseLost, MetadataStore
@@ -141,6 +141,7 @@ class Collector:
             (folder / MANIFEST).unlink(missing_ok=True)  # first: half-deleted must look unpublished
             if folder.exists():
                 shutil.rmtree(folder)
+            readmit(self.metadata, model, version)  # what was said of it goes with it
             self._drop(_key("tombstones", model, version))
             deleted.append(version)
         return deleted

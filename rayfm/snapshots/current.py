@@ -1,8 +1,8 @@
 """Which version of a model is `current`: a record in the metadata store that tasks move and replicas follow.
 
-The updater moves it forward; only people move it back (`Pointer.rollback`) or fix it (`Pointer.pin`). Every move is a
-compare-and-set under a hold on the version, so it never points at files that are being deleted; `Collector` spares
-the version that it names.
+The updater moves it forward, and back from a version that no replica can load; people move it back
+(`Pointer.rollback`) or fix it (`Pointer.pin`). Every move is a compare-and-set under a hold on the version, so it never
+points at files that are being deleted; `Collector` spares the version that it names.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rayfm.config import SnapshotError
+from rayfm.snapshots.failures import forget_failures
 from rayfm.snapshots.manifest import check_name
 from rayfm.snapshots.metadata.base import Conflict, LeaseLost, MetadataStore
 
@@ -38,6 +39,9 @@ class Current:
     barred: str = ""
     """The updater takes no version up to this one: they were rolled back from."""
 
+    left: tuple[str, ...] = ()
+    """The published versions that people rolled back from: nothing goes back to them by itself."""
+
     revision: int = 0
     """Of the record in the metadata store."""
 
@@ -52,8 +56,9 @@ def read_current(metadata: MetadataStore, model: str) -> Current | None:
     if entry is None:
         return None
     try:
-        return Current(**json.loads(entry.value), revision=entry.revision)
-    except (ValueError, TypeError) as error:
+        fields = json.loads(entry.value)
+        return Current(**{**fields, "left": tuple(fields.get("left", ()))}, revision=entry.revision)
+    except (ValueError, TypeError, AttributeError) as error:
         raise SnapshotError(f"metadata key {entry.key!r} does not say which version is current ({error})") from None
 
 
@@ -97,15 +102,18 @@ class Pointer:
             self.metadata.release(lease)
 
     def pin(self, version: str, reason: str) -> Current:
-        """Make ``version`` current, older or newer, and keep it so until `unpin`.
+        """Make ``version`` current, older or newer, and keep it so until `unpin`. A refusal of it is forgotten.
 
         Raises:
             SnapshotError: the version is not there, differs from its hashes, or is being deleted.
         """
         self.collector.store.verify(self.model, version)
+        readmit(self.metadata, self.model, version)
 
         def pinned(before: Current | None) -> Current:
-            return Current(version, self.by, reason, pinned=True, barred=before.barred if before else "")
+            barred, left = (before.barred, before.left) if before else ("", ())
+            left = tuple(other for other in left if other != version)
+            return Current(version, self.by, reason, pinned=True, barred=barred, left=left)
 
         return self._people_move(pinned)
 
@@ -124,11 +132,13 @@ class Pointer:
         return self._people_move(unpinned)
 
     def rollback(self, reason: str, to: str | None = None) -> Current:
-        """Move `current` back, by default to the newest intact version before it, and bar what it was moved back from:
-        the updater takes newer versions alone.
+        """Move `current` back and bar what it was moved back from: the updater takes newer versions alone.
+
+        By default it goes to the newest intact version before it that was neither refused nor rolled back from. A
+        refusal of ``to`` is forgotten.
 
         Raises:
-            SnapshotError: nothing is current, ``to`` is not an older version, or no older one is intact.
+            SnapshotError: nothing is current, ``to`` is not an older version, or there is none to go back to.
         """
         first = self.read()
         if first is None:
@@ -137,29 +147,39 @@ class Pointer:
             raise SnapshotError(f"{self.model}@{to} is not older than the current {first.version}; pin it instead")
         if to is not None:
             self.collector.store.verify(self.model, to)
-        target = to or self._older(first.version)
+            readmit(self.metadata, self.model, to)
+        target = to or self._older(first)
 
         def rolled_back(before: Current | None) -> Current:
             if before is None or before.version != first.version:
                 raise SnapshotError(
                     f"{self.model} moved to {before.version if before else None} meanwhile; look again (snapshots show)"
                 )
-            return Current(target, self.by, reason, before.pinned, max(before.version, before.barred))
+            published = self.collector.store.versions(self.model)
+            left = {other for other in published if target < other <= before.version or other in before.left}
+            barred = max(before.version, before.barred)
+            return Current(target, self.by, reason, before.pinned, barred, tuple(sorted(left - {target})))
 
         return self._people_move(rolled_back)
 
-    def _older(self, version: str) -> str:
-        """The newest intact version before ``version``."""
-        buried = self.collector.tombstones(self.model)
-        for candidate in reversed(self.collector.store.versions(self.model)):
-            if candidate >= version or candidate in buried:
-                continue
+    def older(self, current: Current) -> list[str]:
+        """Versions that `current` may go back to, newest first; whether they are intact is not looked at."""
+        out = given_up(self.metadata, self.model).union(self.collector.tombstones(self.model), current.left)
+        versions = self.collector.store.versions(self.model)
+        return [version for version in reversed(versions) if version < current.version and version not in out]
+
+    def _older(self, current: Current) -> str:
+        """The newest intact version to go back to."""
+        for candidate in self.older(current):
             try:
                 self.collector.store.verify(self.model, candidate)
             except SnapshotError:
                 continue
             return candidate
-        raise SnapshotError(f"{self.model} has no intact version older than {version}")
+        raise SnapshotError(
+            f"{self.model} has no intact version older than {current.version} but those that were refused or rolled "
+            "back from; name one (--to), or pin it"
+        )
 
     def _people_move(self, change: Callable[[Current | None], Current]) -> Current:
         while True:
@@ -210,13 +230,12 @@ def given_up(metadata: MetadataStore, model: str) -> set[str]:
     return {version for version, found in refusals(metadata, model).items() if found.tries >= TRIES}
 
 
-def refuse(metadata: MetadataStore, model: str, version: str, reason: str, by: str) -> Refusal:
-    """Count one more failed try of a version, so that everybody sees it."""
+def refuse(metadata: MetadataStore, model: str, version: str, reason: str, by: str, tries: int = 1) -> Refusal:
+    """Count ``tries`` more failed tries of a version, so that everybody sees it."""
     key = _refused_key(model, version)
     while True:
         entry = metadata.get(key)
-        tries = _refusal(entry.value).tries + 1 if entry else 1
-        refusal = Refusal(reason, by, tries)
+        refusal = Refusal(reason, by, _refusal(entry.value).tries + tries if entry else tries)
         try:
             metadata.compare_and_set(
                 key, json.dumps(dataclasses.asdict(refusal)).encode(), entry.revision if entry else None
@@ -227,7 +246,8 @@ def refuse(metadata: MetadataStore, model: str, version: str, reason: str, by: s
 
 
 def readmit(metadata: MetadataStore, model: str, version: str) -> bool:
-    """Forget that a version was refused: it is tried again. Whether it was refused."""
+    """Forget that a version was refused, and who could not load it: it is tried again. Whether it was refused."""
+    forget_failures(metadata, model, version)
     key, found = _refused_key(model, version), False
     while (entry := metadata.get(key)) is not None:
         found = True

@@ -6,6 +6,7 @@ A request takes `Loader.current` once and keeps it to its end, so that no reply 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -16,6 +17,7 @@ from typing import Generic, TypeVar
 from rayfm.config import SnapshotError
 from rayfm.snapshots.collect import JOB, REPLICA, Collector
 from rayfm.snapshots.current import read_current
+from rayfm.snapshots.failures import record_failure, record_load
 from rayfm.snapshots.keeper import LeaseKeeper
 from rayfm.snapshots.metadata.base import Lease, StoreUnavailable
 from rayfm.snapshots.updater import LEASE_S, Updater
@@ -44,9 +46,10 @@ class Loader(Generic[T]):
     Args:
         collector: the published versions and their metadata store.
         model: whose versions.
-        owner: who loads, for people to read.
+        owner: who loads, for people to read, and unlike other loaders' owners: failures to load are told apart by it.
         load: makes what answers from a version's files; called once for each version that is loaded.
         warm: called with it before it may answer, so that the first request does not pay for what is made lazily.
+        unload: called with what has left, or was never warm; requests may still be using it.
         verify: compare all files with their hashes first; False where ``load`` does.
         spare: further versions that stay for requests that name them, last used first; those that the lease of a
             job names stay beyond this number.
@@ -61,11 +64,13 @@ class Loader(Generic[T]):
         load: Callable[[str], T],
         warm: Callable[[T], None] | None = None,
         *,
+        unload: Callable[[T], None] | None = None,
         verify: bool = True,
         spare: int = 0,
         lease_s: float = LEASE_S,
     ) -> None:
         self.collector, self.model, self.owner = collector, model, owner
+        self._unload = unload
         self._load, self._warm, self._verify, self._spare, self._lease_s = load, warm, verify, spare, lease_s
         self._keeper = LeaseKeeper(collector.metadata, lease_s)
         self._loading = threading.Lock()
@@ -115,14 +120,19 @@ class Loader(Generic[T]):
     def step(self) -> bool:
         """Look once at what `current` names; whether another version answers now. Loading blocks no request.
 
-        A version that cannot be loaded is tried again after pauses that grow; what answered goes on answering.
+        A version that cannot be loaded is recorded, so that an updater may leave it, and tried again after pauses that
+        grow; what answered goes on answering.
 
         Raises:
             StoreUnavailable: the metadata store does not answer.
         """
         named = read_current(self.collector.metadata, self.model)
         with self._loading:
-            swapped = named is not None and named.version != self.version and self._swap(named.version)
+            swapped = False
+            if named is not None and named.version != self.version:
+                swapped = self._swap(named.version)
+            elif named is not None:
+                self._failed = self.failure = None
             self._renew()
             self._forget()
         return swapped
@@ -144,10 +154,18 @@ class Loader(Generic[T]):
             self._failed = (version, failures, time.monotonic() + pause)
             self.failure = f"{self.model}@{version}: {error}"
             log.error("%s@%s cannot be loaded (next try in %.0f s): %s", self.model, version, pause, error)
+            self._record(version, f"{type(error).__name__}: {error}")
             return False
         self._current, self._failed, self.failure = held, None, None
         held.used = time.monotonic()
         return True
+
+    def _record(self, version: str, reason: str) -> None:
+        """Tell the updaters of a failure; where the store is away, the next one."""
+        metadata = self.collector.metadata
+        with contextlib.suppress(StoreUnavailable):
+            owners = [lease.owner for lease in self.collector.holders(self.model, version, kind=REPLICA)]
+            record_failure(metadata, self.model, version, self.owner, reason, owners)
 
     def _take(self, version: str) -> _Held[T]:
         """Load a version under a lease."""
@@ -157,11 +175,18 @@ class Loader(Generic[T]):
             if self._verify:
                 self.collector.store.verify(self.model, version)
             value = self._load(version)
-            if self._warm is not None:
-                self._warm(value)
+            try:
+                if self._warm is not None:
+                    self._warm(value)
+            except BaseException:
+                if self._unload is not None:
+                    self._unload(value)
+                raise
         except BaseException:
             self._keeper.drop(lease)
             raise
+        with contextlib.suppress(StoreUnavailable):
+            record_load(self.collector.metadata, self.model, version, self.owner)
         held = self._held[version] = _Held(version, value, lease, time.monotonic())
         return held
 
@@ -189,6 +214,8 @@ class Loader(Generic[T]):
         for held in others[self._spare :]:
             if not self.collector.holders(self.model, held.version, kind=JOB):
                 del self._held[held.version]
+                if self._unload is not None:
+                    self._unload(held.value)
                 self._keeper.drop(held.lease)
 
 

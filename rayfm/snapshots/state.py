@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rayfm.snapshots.collect import Collector
 from rayfm.snapshots.current import TRIES, read_current, refusals
+from rayfm.snapshots.failures import load_failures, load_failures_of
 
 
 def states(collector: Collector, model: str) -> dict[str, tuple[str, ...]]:
@@ -25,6 +26,9 @@ def states(collector: Collector, model: str) -> dict[str, tuple[str, ...]]:
             say(current.version, "files missing")
     for version, refusal in refusals(metadata, model).items():
         say(version, "refused" if refusal.tries >= TRIES else f"failed {refusal.tries} of {TRIES} tries")
+    for version, failures in load_failures(metadata, model).items():
+        if failures.loaders:
+            say(version, f"failed to load {failures.times} times")
     for version in collector.tombstones(model):
         say(version, "being deleted")
     for version in collector.pins(model):
@@ -50,6 +54,9 @@ def details(collector: Collector, model: str, version: str) -> list[str]:
     if version in (refused := refusals(metadata, model)):
         refusal = refused[version]
         lines.append(f"refused {refusal.tries} of {TRIES} times, last by {refusal.by}: {refusal.reason}")
+    failures = load_failures_of(metadata, model, version)
+    for who, failure in failures.loaders.items() if failures is not None else ():
+        lines.append(f"failed to load {failure.times} times for {who}: {failure.reason}")
     if version in (kept := collector.pins(model)):
         lines.append(f"kept: {kept[version]}")
     if version in collector.tombstones(model):

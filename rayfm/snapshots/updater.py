@@ -10,8 +10,9 @@ import logging
 from collections.abc import Callable
 
 from rayfm.config import RayfmError
-from rayfm.snapshots.collect import Collector
+from rayfm.snapshots.collect import REPLICA, Collector
 from rayfm.snapshots.current import TRIES, Current, Pointer, given_up, readmit, refuse
+from rayfm.snapshots.failures import FAILURES, LoadFailures, load_failures_of
 from rayfm.snapshots.keeper import LeaseKeeper
 from rayfm.snapshots.manifest import SnapshotManifest
 from rayfm.snapshots.metadata.base import Conflict, Lease, LeaseHeld, StoreUnavailable
@@ -22,11 +23,13 @@ LEASE_S = 30.0
 
 
 class Updater:
-    """Moves `current` of one model to the newest intact version.
+    """Moves `current` of one model to the newest intact version, and back from one that no replica can load.
 
     A version whose files differ from its manifest, or that ``check`` refuses, is kept out: the refusal is recorded in
     the metadata store, all updaters heed it after a few tries (a file system may fail for a moment), and the older
-    version stays current.
+    version stays current. So is a version that is current and that loaders failed to load often enough while nobody had
+    it (`rayfm.snapshots.failures`): `current` then goes back to the newest intact older version that was not rolled
+    back from, unless people pinned it.
 
     Args:
         collector: the published versions and their metadata store.
@@ -49,6 +52,7 @@ class Updater:
         self.store, self.metadata = collector.store, collector.metadata
         self.pointer = Pointer(collector, model, by)
         self._check, self._lease_s = check, lease_s
+        self._complained = ""
 
     def step(self) -> bool:
         """Look once; whether `current` was moved.
@@ -59,14 +63,15 @@ class Updater:
         while True:
             before = self.pointer.read()
             candidates = self._candidates(before)
-            if not candidates:
+            hopeless = self._hopeless(before)
+            if not candidates and hopeless is None:
                 return False
             try:
                 lease = self.metadata.acquire(f"snapshots/updating/{self.model}", self.by, self._lease_s)
             except LeaseHeld:
                 return False  # another updater verifies; one reading of the files is enough
             try:
-                return self._advance(before, candidates, lease)
+                return self._advance(before, candidates, hopeless, lease)
             except Conflict:
                 continue  # `current` was moved meanwhile: look again, from there
 
@@ -81,19 +86,58 @@ class Updater:
         out = given_up(self.metadata, self.model).union(self.collector.tombstones(self.model))
         return [version for version in reversed(newer) if version not in out]
 
-    def _advance(self, before: Current | None, candidates: list[str], lease: Lease) -> bool:
+    def _hopeless(self, before: Current | None) -> LoadFailures | None:
+        """The failures to load the current version, where it is to be left for them."""
+        if before is None:
+            return None
+        failures = load_failures_of(self.metadata, self.model, before.version)
+        if failures is None or failures.counted < FAILURES:
+            return None
+        holders = self.collector.holders(self.model, before.version, REPLICA)
+        if not failures.hopeless([lease.owner for lease in holders]):
+            return None
+        if before.pinned:
+            self._complain(before.version, f"no replica can load it, and it is pinned; last {failures.last()}")
+            return None
+        return failures
+
+    def _advance(
+        self, before: Current | None, candidates: list[str], hopeless: LoadFailures | None, lease: Lease
+    ) -> bool:
         keeper = LeaseKeeper(self.metadata, self._lease_s)
         try:
             keeper.keep(lease)
             for version in candidates:
                 if self._verified(version):
-                    barred = before.barred if before else ""
-                    self.pointer.move(before, Current(version, self.by, "newest", barred=barred))
+                    barred, left = (before.barred, before.left) if before else ("", ())
+                    self.pointer.move(before, Current(version, self.by, "newest", barred=barred, left=left))
                     readmit(self.metadata, self.model, version)
                     return True
+            return before is not None and hopeless is not None and self._retreat(before, hopeless)
         finally:
             keeper.close()
+
+    def _retreat(self, before: Current, failures: LoadFailures) -> bool:
+        """Refuse the current version and go back to an older one; whether there was one."""
+        why = f"no replica can load it ({failures.counted} failures), last {failures.last()}"
+        # First: where this updater dies in between, another one finds what is left to do.
+        if before.version not in given_up(self.metadata, self.model):
+            refuse(self.metadata, self.model, before.version, why, self.by, TRIES)
+        for version in self.pointer.older(before):
+            if self._verified(version):
+                reason = f"{before.version} was refused: {why}"
+                after = Current(version, self.by, reason, barred=before.barred, left=before.left)
+                self.pointer.move(before, after)
+                log.error("%s goes back to %s: %s", self.model, version, reason)
+                return True
+        self._complain(before.version, f"{why}; there is no older version to go back to")
         return False
+
+    def _complain(self, version: str, why: str) -> None:
+        """Once, not at each look."""
+        if self._complained != version:
+            log.error("%s@%s stays current: %s", self.model, version, why)
+        self._complained = version
 
     def _verified(self, version: str) -> bool:
         try:
@@ -111,7 +155,8 @@ class Updater:
 
 
 def verify_again(collector: Collector, model: str, version: str) -> bool:
-    """Verify a version; one that was refused and is intact is readmitted. Whether it was refused.
+    """Verify a version; one that was refused and is intact is readmitted, with new tries to load it. Whether it was
+    refused.
 
     Raises:
         SnapshotError: it is not intact.
