@@ -1,4 +1,6 @@
-"""Scoring from other programs: ``rayfm.client`` needs pyarrow and httpx (or grpcio), and neither torch nor Ray.
+"""Scoring and near-line labels from other programs.
+
+``rayfm.client`` needs pyarrow and httpx (or grpcio), and neither torch nor Ray.
 
     >>> from rayfm.client import Client
     >>> with Client("http://127.0.0.1:8000", token="...") as client:  # doctest: +SKIP
@@ -17,7 +19,9 @@ from rayfm.client.errors import (
     DeadlineExceeded,
     InvalidRequest,
     NotFound,
+    NotLabelled,
     Overloaded,
+    Reject,
     ScoreError,
     ServerFault,
     Unauthorized,
@@ -28,9 +32,10 @@ from rayfm.client.retry import Retries
 if TYPE_CHECKING:
     from rayfm.client.grpc import GrpcClient
     from rayfm.client.http import Client
+    from rayfm.client.labels import Ticket, TicketState
     from rayfm.client.wire import Scored
 
-_LAZY = {"Client": "http", "GrpcClient": "grpc", "Scored": "wire"}
+_LAZY = {"Client": "http", "GrpcClient": "grpc", "Scored": "wire", "Ticket": "labels", "TicketState": "labels"}
 
 __all__ = [
     "Client",
@@ -38,11 +43,15 @@ __all__ = [
     "GrpcClient",
     "InvalidRequest",
     "NotFound",
+    "NotLabelled",
     "Overloaded",
+    "Reject",
     "Retries",
     "ScoreError",
     "Scored",
     "ServerFault",
+    "Ticket",
+    "TicketState",
     "Unauthorized",
     "Unavailable",
 ]

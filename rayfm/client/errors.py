@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from rayfm.config.errors import RayfmError
+
+
+@dataclasses.dataclass(frozen=True)
+class Reject:
+    """A row of a post that was refused.
+
+    Attributes:
+        row: its position in the post, from 0.
+        reason: what is wrong with it.
+    """
+
+    row: int
+    reason: str
 
 
 class ScoreError(RayfmError):
@@ -21,7 +36,13 @@ class ScoreError(RayfmError):
 
 
 class InvalidRequest(ScoreError):
-    """The request is wrong: a column that is missing or unknown, a value that does not fit, too much (400, 413)."""
+    """The request is wrong: a column that is missing or unknown, a value that does not fit, too much (400, 413).
+
+    Attributes:
+        rejects: of a post to be labelled without one good row, its first rows with their reasons.
+    """
+
+    rejects: tuple[Reject, ...] = ()
 
 
 class Unauthorized(ScoreError):
@@ -46,6 +67,10 @@ class Unavailable(ScoreError):
 
 class DeadlineExceeded(ScoreError):
     """No reply within the deadline (504, or the client's own clock)."""
+
+
+class NotLabelled(ScoreError):
+    """The rows of a post are a dead letter: they are kept, and labelled once somebody replays them."""
 
 
 class ServerFault(ScoreError):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import grpc
 import pyarrow as pa
 
+from rayfm.client.call import Caller
 from rayfm.client.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -38,7 +37,7 @@ _BY_CODE: dict[grpc.StatusCode, type[ScoreError]] = {
 MAX_REPLY_BYTES = 256 * 2**20
 
 
-class GrpcClient:
+class GrpcClient(Caller):
     """Asks for scores over gRPC. One client may be shared by threads.
 
     Args:
@@ -59,7 +58,7 @@ class GrpcClient:
         application: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        self.timeout_s, self.retries = timeout_s, retries or Retries()
+        super().__init__(timeout_s, retries)
         options = [("grpc.max_receive_message_length", MAX_REPLY_BYTES), ("grpc.max_send_message_length", -1)]
         if credentials is None:
             self._channel = grpc.insecure_channel(target, options)
@@ -68,16 +67,6 @@ class GrpcClient:
         self._stub: Any = scoring_pb2_grpc.ScoringStub(self._channel)
         self._metadata = [("authorization", f"Bearer {token}")] if token is not None else []
         self._metadata += [("application", application)] if application is not None else []
-        self._clock: Callable[[], float] = time.monotonic
-        self._sleep: Callable[[float], None] = time.sleep
-
-    def __enter__(self) -> GrpcClient:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the channel."""
@@ -88,7 +77,7 @@ class GrpcClient:
         request = scoring_pb2.ScoreStudentRequest(
             model=model, user=_bytes(to_row, user), candidates=_bytes(to_table, candidates)
         )
-        return self._call(self._stub.ScoreStudent, request, timeout_s)
+        return self._score(self._stub.ScoreStudent, request, timeout_s)
 
     def score_teacher(
         self,
@@ -102,25 +91,17 @@ class GrpcClient:
         request = scoring_pb2.ScoreTeacherRequest(
             teacher=teacher, version=version or "", rows=_bytes(to_table, rows), representation=representation
         )
-        return self._call(self._stub.ScoreTeacher, request, timeout_s)
+        return self._score(self._stub.ScoreTeacher, request, timeout_s)
 
-    def _call(self, method: Any, request: Any, timeout_s: float | None) -> Scored:
-        end = self._clock() + (self.timeout_s if timeout_s is None else timeout_s)
-        for attempt in range(1, self.retries.attempts + 1):
-            left = end - self._clock()
-            if left <= 0:
-                raise DeadlineExceeded("no reply within the deadline")
+    def _score(self, method: Any, request: Any, timeout_s: float | None) -> Scored:
+        def send(left: float) -> Scored:
+            metadata = [*self._metadata, (TIMEOUT_HEADER, f"{left * 1000:.0f}")]
             try:
-                metadata = [*self._metadata, (TIMEOUT_HEADER, f"{left * 1000:.0f}")]
                 return _scored(method(request, timeout=left, metadata=metadata))
-            except grpc.RpcError as rpc_error:
-                error = _error(rpc_error)
-                wait = self.retries.wait(attempt, error.retry_after)
-                last = attempt == self.retries.attempts
-                if last or not error.retryable or self._clock() + wait >= end:
-                    raise error from None
-                self._sleep(wait)
-        raise AssertionError("unreachable")
+            except grpc.RpcError as error:
+                raise _error(error) from None
+
+        return self._call(send, timeout_s)
 
 
 def _bytes(make: Callable[[Columns], pa.Table], columns: Columns) -> bytes:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import ssl
-import time
-from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
 import pyarrow as pa
 
-from rayfm.client.errors import DeadlineExceeded, InvalidRequest, ScoreError, ServerFault, Unavailable, error_of_status
+from rayfm.client.call import Caller
+from rayfm.client.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NotLabelled,
+    Reject,
+    ScoreError,
+    ServerFault,
+    Unavailable,
+    error_of_status,
+)
+from rayfm.client.labels import Ticket, TicketState, read_rejects, read_state, read_ticket
 from rayfm.client.retry import Retries, parse_retry_after
 from rayfm.client.wire import (
     ARROW,
@@ -27,12 +36,16 @@ from rayfm.client.wire import (
     write_streams,
 )
 
+_FIRST_POLL_S = 0.05
+
 Body = tuple[bytes, str]
 """Bytes and their content type."""
 
 
-class Client:
-    """Asks for scores over HTTP. One client may be shared by threads; it keeps connections open.
+class Client(Caller):
+    """Asks for scores over HTTP, and posts rows to be labelled.
+
+    One client may be shared by threads; it keeps connections open.
 
     Args:
         url: where the service is: ``http://127.0.0.1:8000``.
@@ -54,19 +67,10 @@ class Client:
         verify: bool | ssl.SSLContext = True,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self.timeout_s, self.retries, self.arrow = timeout_s, retries or Retries(), arrow
+        super().__init__(timeout_s, retries)
+        self.arrow = arrow
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._http = httpx.Client(base_url=url, headers=headers, verify=verify, transport=transport)
-        self._clock: Callable[[], float] = time.monotonic
-        self._sleep: Callable[[float], None] = time.sleep
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the connections."""
@@ -136,6 +140,84 @@ class Client:
         body = self._body("exclude", user, {"exclude": list(exclude)})
         return self._score(f"/v1/models/{model}:retrieve", body, query, timeout_s)
 
+    def label(self, teacher: str, rows: Columns, timeout_s: float | None = None) -> Ticket:
+        """Post rows that the teacher is to label near-line; good rows are accepted, bad ones listed.
+
+        A post whose reply is lost is sent again, as every call is. It may have been accepted, and then its rows have
+        two tickets; a look-up takes the first one's labels.
+
+        Args:
+            teacher: its name.
+            rows: the example store's columns, with ``example_id`` and ``time`` (int64 microseconds since 1970, UTC).
+            timeout_s: instead of the client's own.
+
+        Returns:
+            The ticket to ask with, the version that will label, and the rows that were refused.
+
+        Raises:
+            InvalidRequest: a column is missing, or no row is good; ``rejects`` has the first reasons.
+            Overloaded: too many posts wait still, after the last try.
+            ScoreError: another of its kinds, by what went wrong.
+        """
+        content, media = self._teacher_body(rows)
+        headers = {"Content-Type": media, "Accept": JSON}
+        path = f"/v1/teachers/{teacher}/label"
+        return read_ticket(
+            self._call(lambda left: _answer(self._send("POST", path, headers, left, content), 202), timeout_s)
+        )
+
+    def ticket_state(self, ticket: Ticket | str, timeout_s: float | None = None) -> TicketState:
+        """Where the rows of a post are.
+
+        Args:
+            ticket: what `label` returned, or its text.
+            timeout_s: instead of the client's own.
+
+        Raises:
+            NotFound: it was never given, or it is committed and has expired.
+            ScoreError: another of its kinds, by what went wrong.
+        """
+        path = f"/v1/labels/{ticket if isinstance(ticket, str) else ticket.ticket}"
+        return read_state(
+            self._call(lambda left: _answer(self._send("GET", path, {"Accept": JSON}, left), 200), timeout_s)
+        )
+
+    def wait_for_labels(self, ticket: Ticket | str, timeout_s: float, poll_s: float = 1.0) -> TicketState:
+        """Ask for a ticket until its labels are committed. A service that cannot answer for a while is waited for.
+
+        Args:
+            ticket: what `label` returned, or its text.
+            timeout_s: how long at most.
+            poll_s: seconds between two questions; the first few come sooner.
+
+        Returns:
+            The committed state: its ``table_version`` of the near-line label table holds the rows.
+
+        Raises:
+            NotLabelled: the ticket is a dead letter; the message has the reason.
+            DeadlineExceeded: the time is over; the message says where the rows are. They may still be labelled.
+            NotFound: the ticket was never given, or it is committed and has expired.
+            ScoreError: another of its kinds, where it will not pass or lasts until the time is over.
+        """
+        end, pause = self._clock() + timeout_s, min(poll_s, _FIRST_POLL_S)
+        seen = "the service did not say where the rows are"
+        while (left := end - self._clock()) > 0:
+            try:
+                state = self.ticket_state(ticket, min(left, self.timeout_s))
+            except ScoreError as error:
+                if not (error.retryable or isinstance(error, DeadlineExceeded)) or self._clock() + pause >= end:
+                    raise
+            else:
+                if state.state == "committed":
+                    return state
+                if state.state == "dead":
+                    raise NotLabelled(f"ticket {state.ticket} is a dead letter: {state.reason}")
+                why = f", after {state.failures} failed tries: {state.reason}" if state.failures else ""
+                seen = f"the rows are {state.state}{why}"
+            self._sleep(min(pause, max(0.0, end - self._clock())))
+            pause = min(poll_s, 2.0 * pause)
+        raise DeadlineExceeded(f"not committed within {timeout_s:g} s: {seen}; ask again later")
+
     def ready(self) -> dict[str, Any]:
         """What ``/readyz`` says: whether all can answer, and which version of each model does.
 
@@ -171,29 +253,28 @@ class Client:
             raise InvalidRequest(f"the columns are no table: {error}") from None
 
     def _score(self, path: str, body: Body, query: Mapping[str, str], timeout_s: float | None) -> Scored:
-        end = self._clock() + (self.timeout_s if timeout_s is None else timeout_s)
-        for attempt in range(1, self.retries.attempts + 1):
-            try:
-                return _scored(self._post(path, body, query, end - self._clock()))
-            except ScoreError as error:
-                wait = self.retries.wait(attempt, error.retry_after)
-                last = attempt == self.retries.attempts
-                if last or not error.retryable or self._clock() + wait >= end:
-                    raise
-                self._sleep(wait)
-        raise AssertionError("unreachable")
-
-    def _post(self, path: str, body: Body, query: Mapping[str, str], left: float) -> httpx.Response:
-        if left <= 0:
-            raise DeadlineExceeded("no reply within the deadline")
         content, media = body
-        headers = {"Content-Type": media, "Accept": media, TIMEOUT_HEADER: f"{left * 1000:.0f}"}
+        headers = {"Content-Type": media, "Accept": media}
+        return self._call(
+            lambda left: _scored(self._send("POST", path, headers, left, content, dict(query))), timeout_s
+        )
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        left: float,
+        content: bytes | None = None,
+        query: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        told = {**headers, TIMEOUT_HEADER: f"{left * 1000:.0f}"}
         try:
-            return self._http.post(path, content=content, params=dict(query), headers=headers, timeout=left)
+            return self._http.request(method, path, content=content, params=query, headers=told, timeout=left)
         except (httpx.ReadTimeout, httpx.WriteTimeout):
             raise DeadlineExceeded("no reply within the deadline") from None
         except httpx.TransportError as error:
-            # Scoring changes nothing: whether the request arrived before the connection was lost does not matter.
+            # No call does harm when it comes twice: whether it arrived before the connection was lost does not matter.
             raise Unavailable(f"connection lost: {error or type(error).__name__}") from None
 
 
@@ -202,12 +283,26 @@ def _json(value: Any) -> Body:
 
 
 def _error(response: httpx.Response) -> ScoreError:
+    rejects: tuple[Reject, ...] = ()
     try:
-        message = str(response.json()["detail"])
+        body = response.json()
+        message, rejects = str(body["detail"]), read_rejects(body)
     except (ValueError, KeyError, TypeError):
         message = response.text[:200] or response.reason_phrase
     retry_after = parse_retry_after(response.headers.get("retry-after"))
-    return error_of_status(response.status_code, f"{message} ({response.status_code})", retry_after)
+    error = error_of_status(response.status_code, f"{message} ({response.status_code})", retry_after)
+    if isinstance(error, InvalidRequest):
+        error.rejects = rejects
+    return error
+
+
+def _answer(response: httpx.Response, status: int) -> Any:
+    if response.status_code != status:
+        raise _error(response)
+    try:
+        return response.json()
+    except ValueError as error:
+        raise ServerFault(f"the reply cannot be read: {error}") from None
 
 
 def _scored(response: httpx.Response) -> Scored:
