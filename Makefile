@@ -1,4 +1,4 @@
-# make install | demo | test | lint | bench | docs. Everything goes to .venv; DEVICE=gpu takes the CUDA builds.
+# make install | demo | test | soak | lint | bench | docs. Everything goes to .venv; DEVICE=gpu takes the CUDA builds.
 DEVICE ?= cpu
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,10 @@ TORCH_INDEX ?= $(if $(filter gpu,$(DEVICE)),,$(shell $(PYTHON) -m pip config lis
 # Tests share two processes, file by file; each has one Ray. 0 runs them in one.
 TEST_PROCESSES ?= 2
 
-.PHONY: help install demo test lint bench docs clean
+# Faults, and seconds between them on average; 200 take most of an hour on two cores. Needs ZooKeeper and Redis.
+SOAK ?= --faults 200 --mean-s 5
+
+.PHONY: help install demo test soak lint bench docs clean
 
 help:
 	@sed -n 1p Makefile
@@ -37,6 +40,9 @@ demo: install
 
 test: install
 	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
+
+soak: install
+	@$(BIN)/python tests/soak/soak_main.py $(SOAK) --result docs/soak
 
 lint: install
 	@$(BIN)/ruff format --check --quiet .
