@@ -158,7 +158,9 @@ class TrainerTickets:
                     )
                 self.tickets.put("without", f"{self.trainer}.{teacher}", period, {"reason": what})
                 continue
-            versions[teacher] = PinnedLabels(version=ticket["version"], table_version=ticket["table_version"])
+            versions[teacher] = PinnedLabels(
+                version=ticket["version"], table_version=ticket["table_version"], near_line=ticket.get("near_line")
+            )
         return versions
 
     def trained(self, period: str, versions: dict[str, str]) -> None:

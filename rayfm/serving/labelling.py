@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +28,7 @@ from rayfm.labels.store import LabelStore
 from rayfm.models.base import MODELS
 from rayfm.models.histories import HistoryFeature
 from rayfm.schema import EXAMPLE_ID, TRAFFIC, WEIGHTS_SUFFIX, Kind, Schema
+from rayfm.serving.nearline.supervision import FilledLookup
 from rayfm.serving.teacher import TeacherHere
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata.base import MetadataStore
@@ -220,18 +222,30 @@ class StoredLabels:
         root: the label store's root, as `LabelStore`'s.
         metadata: where pins live.
         owner: who holds the pins.
+        near_line: folder that holds ``nearline/``, the run's.
     """
 
-    def __init__(self, root: str | Storage, metadata: MetadataStore | None = None, owner: str = "trainer") -> None:
-        self.storage, self.metadata, self.owner = Storage.of(root), metadata, owner
+    def __init__(
+        self,
+        root: str | Storage,
+        metadata: MetadataStore | None = None,
+        owner: str = "trainer",
+        near_line: str | Path | None = None,
+    ) -> None:
+        self.storage, self.metadata, self.owner, self.near_line = Storage.of(root), metadata, owner, near_line
 
     def lookup(self, teacher: str, labels: PinnedLabels, tasks: tuple[str, ...]) -> Lookup:
         """Supervision columns ``<teacher>/<task>`` from one version's labels.
 
         Raises:
-            LabelError: the version has no labels, or the pinned table version is gone.
+            LabelError: the version has no labels, or a pinned table version is gone.
         """
-        return LabelLookup(self._pin(teacher, labels), teacher, labels.version, tasks)
+        bulk = LabelLookup(self._pin(teacher, labels), teacher, labels.version, tasks)
+        if labels.near_line is None:
+            return bulk
+        if self.near_line is None:
+            raise LabelError(f"labels of {teacher}@{labels.version} are filled from near-line ones; name their folder")
+        return FilledLookup(bulk, self.near_line, teacher, labels.version, tasks, labels.near_line)
 
     def representation(self, teacher: str, labels: PinnedLabels, width: int) -> RepresentationLookup:
         """The representations that the same version stored beside its labels.

@@ -58,6 +58,8 @@ class PinnedLabels(Config):
 
     version: str
     table_version: int
+    near_line: int | None = None
+    """Version of the near-line label table, whose labels by the same teacher version fill what is masked."""
 
 
 class Coordinator(Protocol):

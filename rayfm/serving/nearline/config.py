@@ -35,6 +35,14 @@ class PostLimitsConfig(Config):
     """What a 429 tells the client to wait."""
 
 
+class NearLineSupervisionConfig(Config):
+    """Students take near-line labels where the teacher's bulk labels of a period say nothing."""
+
+    table_version: int | None = Field(None, ge=0)
+    """The version of the near-line label table to read; by default the newest when the period is labelled in bulk.
+    Either way the period's ticket records it, and every student reads that one."""
+
+
 class ConsumerConfig(Config):
     """Who labels the accepted rows, and when they are given up."""
 

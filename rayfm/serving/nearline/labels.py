@@ -96,6 +96,29 @@ class NearLineRows:
     """``[N, S]``."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PeriodLabels:
+    """What one snapshot said of a period's examples, of each once. Shape letters: M examples, N ids asked, S tasks."""
+
+    example_id: npt.NDArray[np.int64]
+    """``[M]``, rising."""
+
+    values: npt.NDArray[np.float32]
+    """``[M, S]``, 0 where there is none."""
+
+    mask: npt.NDArray[np.bool_]
+    """``[M, S]``."""
+
+    def of(self, example_id: npt.NDArray[np.int64]) -> NearLineRows:
+        """Labels of examples by their ids: ``[N] -> [N, S]``; masked where there is none."""
+        if not len(self.example_id):
+            shape = (len(example_id), self.values.shape[1])
+            return NearLineRows(np.zeros(shape, np.float32), np.zeros(shape, np.bool_))
+        place = np.minimum(np.searchsorted(self.example_id, example_id), len(self.example_id) - 1)
+        mask = self.mask[place] & (self.example_id[place] == example_id)[:, None]
+        return NearLineRows(np.where(mask, self.values[place], np.float32(0.0)), mask)
+
+
 class NearLineLabels:
     """The table below ``<root>/nearline/labels``, made on the first commit. Any number of processes may use it.
 
@@ -213,26 +236,67 @@ class NearLineLabels:
         Raises:
             LabelError: a task that has no column; no such table version.
         """
-        values = np.zeros((len(example_id), len(tasks)), np.float32)
-        mask = np.zeros(values.shape, np.bool_)
         table = self.open(table_version)
-        if table is None:
-            return NearLineRows(values, mask)
-        for task in tasks:
-            check_task(task, self.tasks(table), str(self.folder))
+        if table is not None:
+            for task in tasks:
+                check_task(task, self.tasks(table), str(self.folder))
+        return self.of_period(teacher, version, period, tasks, table_version).of(example_id)
+
+    def of_period(
+        self, teacher: str, version: str, period: str, tasks: Sequence[str], table_version: int | None = None
+    ) -> PeriodLabels:
+        """All labels of a period by one snapshot, for many look-ups; which of several is taken, as `lookup` says.
+
+        Raises:
+            LabelError: the snapshot's rows have no column for a task; no such table version.
+        """
         found = self.rows(teacher, period, table_version)
         found = found.filter(pc.equal(found[VERSION], version)).sort_by([(TICKET, "ascending"), (ROW, "ascending")])
         ids, first = np.unique(found[EXAMPLE_ID].to_numpy(), return_index=True)
-        if not len(ids):
-            return NearLineRows(values, mask)
-        place = np.minimum(np.searchsorted(ids, example_id), len(ids) - 1)
-        hit = ids[place] == example_id
-        for column, task in enumerate(tasks):
+        values = np.zeros((len(ids), len(tasks)), np.float32)
+        mask = np.zeros(values.shape, np.bool_)
+        for column, task in enumerate(tasks if len(ids) else ()):
+            known = [name.removeprefix(TASK_PREFIX) for name in found.column_names if name.startswith(TASK_PREFIX)]
+            check_task(task, known, str(self.folder))
             stored = found[task_column(task)]
-            known = stored.is_valid().to_numpy()[first[place]] & hit
-            mask[:, column] = known
-            values[known, column] = pc.fill_null(stored, 0.0).to_numpy()[first[place]][known]
-        return NearLineRows(values, mask)
+            mask[:, column] = stored.is_valid().to_numpy()[first]
+            values[:, column] = pc.fill_null(stored, 0.0).to_numpy()[first]
+        return PeriodLabels(ids, values, mask)
+
+    def pin(self, teacher: str, period: str, table_version: int | None = None) -> int | None:
+        """The table version that all readers of a period's labels are to read: old ones never change, nor go away.
+
+        Args:
+            teacher, period: what will be looked up.
+            table_version: the one wanted; None: the newest now.
+
+        Returns:
+            It; None where nothing was ever labelled, and no version was asked for.
+
+        Raises:
+            LabelError: no such version; or the teacher's near-line periods are hours and ``period`` is a day, or the
+                other way round, so that nothing would be found.
+        """
+        newest = self.open()
+        if table_version is not None and (newest is None or table_version > newest.version()):
+            there = "nothing was labelled near-line yet" if newest is None else f"the newest is {newest.version()}"
+            raise LabelError(
+                f"{self.folder}: has no version {table_version} of near-line labels ({there}); state one that is "
+                "there, or none for the newest"
+            )
+        table = newest if table_version is None else self.open(table_version)
+        if table is None:
+            return None
+        actions = pa.table(table.get_add_actions(flatten=True))
+        ours = actions.filter(pc.equal(actions[f"partition.{TEACHER}"], teacher)) if actions.num_rows else actions
+        periods = pc.unique(ours[f"partition.{PERIOD}"]).to_pylist() if ours.num_rows else []
+        other = [name for name in periods if ("T" in name) != ("T" in period)]
+        if other:
+            raise LabelError(
+                f"{self.folder}: labels of {teacher!r} are by periods like {min(other)}, not like {period}; set "
+                f"'period: {'hour' if 'T' in period else 'day'}' where near-line labels are made"
+            )
+        return table.version()
 
     def rows(self, teacher: str, period: str | None = None, table_version: int | None = None) -> pa.Table:
         """All rows of a teacher (of one period), with ``period``, in no particular order."""
