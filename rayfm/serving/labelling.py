@@ -7,14 +7,14 @@ visible together.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayfm.config import DataError, LabelError, RayfmError, errors
+from rayfm.config import CapacityError, DataError, LabelError, RayfmError, errors
 from rayfm.data.reader import quiet_ray_data
 from rayfm.data.steps import Lookup, RepresentationLookup
 from rayfm.data.store import ExampleStore
@@ -40,6 +40,9 @@ PIN_S = 6 * 3600.0
 IN_FLIGHT = 2
 """Requests that a task keeps at the service, so that reading and scoring overlap."""
 
+ASK_AGAIN_S = (0.1, 1.0, 5.0, 15.0)
+"""Pauses before a request whose replica died is sent again."""
+
 
 def teacher_columns(schema: Schema, features: Sequence[str] | None) -> list[str]:
     """Columns of the example store that a teacher with these features reads."""
@@ -64,25 +67,53 @@ def score_lane(
     Raises:
         LabelError: the service answered with another version.
         DataError: the file cannot be read.
+        CapacityError: the service's replicas died again and again.
     """
     parts: list[pa.Table] = []
     waiting: list[tuple[pa.Table, Any]] = []
 
     def collect() -> None:
         request, response = waiting.pop(0)
-        answered, predictions = response.result()
+        answered, predictions = _result(response, lambda: ask(request))
         if answered != version:
             raise LabelError(f"{path}: asked {version}, the service answered with {answered}")
         parts.append(predictions.add_column(0, EXAMPLE_ID, request[EXAMPLE_ID]))
 
+    def ask(request: pa.Table) -> Any:
+        return handle.score.remote(*((request, version, True) if representation else (request, version)))
+
     for request in _requests(path, columns, rows):
-        asked = (request, version, True) if representation else (request, version)
-        waiting.append((request, handle.score.remote(*asked)))
+        waiting.append((request, ask(request)))
         if len(waiting) >= IN_FLIGHT:
             collect()
     while waiting:
         collect()
     return pa.concat_tables(parts)
+
+
+def _result(response: Any, ask_again: Callable[[], Any]) -> tuple[str, pa.Table]:
+    """What the service answers. A replica that dies takes its requests with it; Ray Serve leaves it to the caller to
+    ask again, which scoring allows: it changes nothing.
+
+    Raises:
+        CapacityError: several replicas in a row died, or none came back.
+    """
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    for pause_s in (*ASK_AGAIN_S, None):
+        try:
+            found: tuple[str, pa.Table] = response.result()
+            return found
+        except (RayActorError, DeploymentUnavailableError) as error:
+            if pause_s is None:
+                raise CapacityError(
+                    f"the teacher's service was asked {len(ASK_AGAIN_S) + 1} times, and its replica died each time "
+                    f"({str(error).splitlines()[0]}); look at its log, give it more memory, and label again"
+                ) from None
+        time.sleep(pause_s)
+        response = ask_again()
+    raise AssertionError("unreachable")
 
 
 def label_period(

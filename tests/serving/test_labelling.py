@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from example_store import every_feature_schema, write_store
+from ray.exceptions import ActorDiedError
 
-from rayfm.config import DataError, LabelError, SnapshotError
+from rayfm.config import CapacityError, DataError, LabelError, SnapshotError
 from rayfm.data.encode import Encoder
 from rayfm.data.reader import ArrowReader
 from rayfm.data.steps import ReadPlan
@@ -60,6 +61,32 @@ class Answers:
         return Response()
 
 
+class Dying(Answers):
+    """A handle whose replicas die under the first requests."""
+
+    def __init__(self, version: str, score, deaths: int) -> None:
+        super().__init__(version, score)
+        self.deaths = deaths
+
+    def remote(self, table, version):
+        response = super().remote(table, version)
+        answer = response.result
+
+        def result():
+            self.deaths -= 1
+            if self.deaths >= 0:
+                raise ActorDiedError
+            return answer()
+
+        response.result = result
+        return response
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr("rayfm.serving.labelling.ASK_AGAIN_S", (0.0, 0.0))
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A run's folder with a published teacher, one with a changed byte, and a store of three periods beside it."""
@@ -106,6 +133,19 @@ def test_an_answer_of_another_version_is_no_label(store, loaded):
     path = str(store.lane_path(PERIODS[1], "impression", 1))
     with pytest.raises(LabelError, match=f"asked {VERSION}, the service answered with another"):
         score_lane(handle, path, teacher_columns(every_feature_schema(), FEATURES), 20, VERSION)
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_request_whose_replica_died_is_asked_again(store, loaded):
+    path = str(store.lane_path(PERIODS[1], "impression", 1))
+    columns = teacher_columns(every_feature_schema(), FEATURES)
+    expected = score_lane(Answers(VERSION, lambda table: score_table(loaded, table)), path, columns, 20, VERSION)
+    dying = Dying(VERSION, lambda table: score_table(loaded, table), deaths=2)
+    assert score_lane(dying, path, columns, 20, VERSION).equals(expected)
+    assert dying.sizes == [20, 20, 20, 20, 11]
+    dying = Dying(VERSION, lambda table: score_table(loaded, table), deaths=99)
+    with pytest.raises(CapacityError, match="was asked 3 times, and its replica died each time"):
+        score_lane(dying, path, columns, 20, VERSION)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut off", "overwritten"])
