@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 KINDS = ("teacher", "endpoints", "consumer", "updater", "labels", "zookeeper", "redis")
 """Replicas of the teacher's service, of the endpoints, the near-line consumer, an updater, the label job's process, and
@@ -25,8 +25,8 @@ class Fault:
     """In [0, 1): which of several processes."""
 
 
-def schedule(seed: int, count: int, mean_s: float) -> Iterator[Fault]:
-    """``count`` faults, all kinds about as often, at random times ``mean_s`` seconds apart on average.
+def schedule(seed: int, count: int, mean_s: float, kinds: Sequence[str] = KINDS) -> Iterator[Fault]:
+    """``count`` faults, all ``kinds`` about as often, at random times ``mean_s`` seconds apart on average.
 
     Some come at once after the one before, so that two parts are away together.
     """
@@ -34,7 +34,7 @@ def schedule(seed: int, count: int, mean_s: float) -> Iterator[Fault]:
     deck: list[str] = []
     for number in range(count):
         if not deck:
-            deck = list(KINDS)
+            deck = list(kinds)
             draw.shuffle(deck)
         yield Fault(
             number,

@@ -28,6 +28,7 @@ def main() -> int:
     """Run the soak and write its result; 1 where a promise was broken."""
     import ray
     from conftest import RAY
+    from soak_faults import KINDS
     from soak_run import Plan, soak
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--swaps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--mean-s", type=float, default=5.0, help="seconds between faults on average")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is killed")
     parser.add_argument("--rows", type=int, default=20_000, help="impressions of each period that is labelled")
     parser.add_argument("--result", type=Path, help="folder for soak-DATE.json")
     options = parser.parse_args()
@@ -42,6 +44,7 @@ def main() -> int:
         seed=options.seed,
         faults=options.faults,
         mean_s=options.mean_s,
+        kinds=tuple(options.kinds),
         swaps=options.swaps,
         publish_s=20.0,
         impressions=options.rows,

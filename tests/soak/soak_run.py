@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from soak_checks import check_near_line, check_periods, check_snapshots
-from soak_faults import Fault, schedule
+from soak_faults import KINDS, Fault, schedule
 from soak_load import Poster, Scorer, scorers
 from soak_processes import TEACHER
 from soak_world import STUDENT, Background, World, until
@@ -33,6 +33,8 @@ class Plan:
     faults: int = 20
     mean_s: float = 2.0
     """Seconds between faults on average."""
+    kinds: tuple[str, ...] = KINDS
+    """What is killed."""
     swaps: int = 4
     publish_s: float = 12.0
     """Seconds between new versions while faults come."""
@@ -119,7 +121,7 @@ def _faults(world: World, plan: Plan, say: Any) -> tuple[dict[str, Any], Poster,
     waiting: list[threading.Thread] = []
     broken: list[BaseException] = []
     try:
-        for fault in schedule(plan.seed, plan.faults, plan.mean_s):
+        for fault in schedule(plan.seed, plan.faults, plan.mean_s, plan.kinds):
             time.sleep(fault.wait_s)
             took = until(lambda kind=fault.kind: world.running(kind) or broken, f"{fault.kind} to kill", RECOVERY_S)
             if broken:
