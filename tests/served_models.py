@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ USER_COLUMNS = ("traffic", "age", "user", "history", "topics", "topics__weights"
 CANDIDATE_COLUMNS = ("ad", "tags")
 
 
-def publish_model(root: Path, model: str, version: str, seed: int, config=CONFIG) -> torch.nn.Module:
-    """A model with noticeable weights as a snapshot."""
+def publish_model(
+    root: Path, model: str, version: str, seed: int, config=CONFIG, extra: Mapping[str, torch.Tensor] | None = None
+) -> torch.nn.Module:
+    """A model with noticeable weights as a snapshot, whose ``extra`` tensors join its own or take their places."""
     built = build_model(config, SCHEMA, TASKS, seed=seed)
     with torch.no_grad():
         for parameter in built.parameters():
@@ -31,7 +34,7 @@ def publish_model(root: Path, model: str, version: str, seed: int, config=CONFIG
         root,
         model,
         version,
-        dict(built.state_dict()),
+        {**built.state_dict(), **(extra or {})},
         trained_through="2024-01-01",
         config=config.dump(),
         example_schema=SCHEMA.dump(),

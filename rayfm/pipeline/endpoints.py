@@ -94,6 +94,10 @@ def plan_endpoints(config: PipelineConfig) -> Any:
                 cpus=serving.cpus,
                 gpus=serving.gpus,
                 threads=serving.threads,
+                members=serving.members,
+                member_cpus=serving.member_cpus,
+                member_gpus=serving.member_gpus,
+                row_wise_from=serving.row_wise_from,
             )
             for name in teachers
         ),

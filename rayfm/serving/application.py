@@ -7,7 +7,10 @@ import socket
 import threading
 from typing import Any
 
-from rayfm.config import CapacityError
+from pydantic import ValidationError
+
+from rayfm.config import CapacityError, ConfigError
+from rayfm.serving.gang.config import GangConfig
 from rayfm.serving.teacher import TeacherService, TeacherServiceConfig
 
 LOOPBACK = "127.0.0.1"
@@ -65,7 +68,12 @@ def start_teacher(
 
     Raises:
         CapacityError: the port is in use.
+        ConfigError: a gang that cannot be.
     """
+    gang = None
+    if members > 1:
+        each = {"members": members, "cpus_per_member": member_cpus, "gpus_per_member": member_gpus}
+        gang = gang_config(config, {**each, "row_wise_from": row_wise_from}, http_port)
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -80,13 +88,10 @@ def start_teacher(
         )
         service: Any = TeacherService
         options: dict[str, Any] = {}
-        arguments = config.dump()
-        if members > 1:
+        if gang is not None:
             from rayfm.serving.gang.service import GangTeacherService
 
             service = GangTeacherService
-            each = {"members": members, "cpus_per_member": member_cpus, "gpus_per_member": member_gpus}
-            arguments |= {**each, "row_wise_from": row_wise_from}
             member = {"CPU": member_cpus, **({"GPU": member_gpus} if member_gpus else {})}
             own = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
             options["placement_group_bundles"] = [own] + [member] * members
@@ -100,8 +105,25 @@ def start_teacher(
             logging_config={"log_level": "ERROR", "enable_access_log": False},
             **options,
         )
-        application = deployment.bind(arguments)
+        application = deployment.bind((gang or config).dump())
         return serve.run(application, name=name, route_prefix=None if http_port is None else f"/{name}")
+
+
+def gang_config(config: TeacherServiceConfig, gang: dict[str, Any], http_port: int | None = None) -> GangConfig:
+    """A teacher service's config with that of its gangs.
+
+    Raises:
+        ConfigError: no gang can be so.
+    """
+    if http_port is not None:
+        raise ConfigError("serving.http_port goes with serving.members: 1; ask a gang through `rayfm serve`")
+    try:
+        return GangConfig(**config.dump(), **gang)
+    except ValidationError as error:
+        said = "; ".join(
+            f"{'.'.join(map(str, item['loc']))} {item['msg']}".strip() for item in error.errors(include_url=False)
+        )
+        raise ConfigError(f"a gang of {gang['members']} for {config.model}: {said}") from None
 
 
 def teacher_handle(run: str, teacher: str) -> Any:

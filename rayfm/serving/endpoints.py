@@ -10,10 +10,11 @@ import pyarrow as pa
 import torch
 
 from rayfm.client.wire import Scored
-from rayfm.config import Config, ConfigError
-from rayfm.serving.application import application_name, check_port, start_teacher, teacher_handle
+from rayfm.config import CapacityError, Config, ConfigError
+from rayfm.serving.application import application_name, check_port, gang_config, start_teacher, teacher_handle
 from rayfm.serving.backend import ScoringBackend, Teacher
 from rayfm.serving.follow import item_follower, student_follower
+from rayfm.serving.gang.gang import GangBroken
 from rayfm.serving.http.app import create_app
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.problems import Problem, unavailable
@@ -40,6 +41,21 @@ class TeacherPlan(Config):
     cpus: float = 0.25
     gpus: float = 0.0
     threads: int = 1
+    members: int = 1
+    """Above 1, each replica is a gang of so many processes."""
+    member_cpus: float = 0.25
+    member_gpus: float = 0.0
+    row_wise_from: int = 1_000_000
+    """Rows from which on a gang cuts a table over its members."""
+
+    def gang(self) -> dict[str, Any]:
+        """What its replicas need as gangs."""
+        return {
+            "members": self.members,
+            "cpus_per_member": self.member_cpus,
+            "gpus_per_member": self.member_gpus,
+            "row_wise_from": self.row_wise_from,
+        }
 
 
 class EndpointsPlan(Config):
@@ -65,6 +81,32 @@ class EndpointsPlan(Config):
             teacher.name: NearLineConfig(**dict(options), **places, teacher=teacher.name, model=teacher.model)
             for teacher in self.teachers
         }
+
+    def service(self, teacher: TeacherPlan) -> TeacherServiceConfig:
+        """What a teacher's replicas need."""
+        return TeacherServiceConfig(
+            root=self.root,
+            model=teacher.model,
+            threads=teacher.threads,
+            poll_s=self.endpoints.poll_s,
+            metadata=self.endpoints.metadata,
+        )
+
+    def needs(self) -> list[tuple[str, float, float]]:
+        """(what, CPUs, GPUs) of all that serves."""
+        config = self.endpoints
+        found = [(f"endpoints ({config.replicas} x {config.cpus:g})", config.replicas * config.cpus, 0.0)]
+        for teacher in self.teachers:
+            members = teacher.members if teacher.members > 1 else 0
+            each = f"({teacher.cpus:g} + {members} x {teacher.member_cpus:g})" if members else f"{teacher.cpus:g}"
+            cpus, gpus = teacher.cpus + members * teacher.member_cpus, teacher.gpus + members * teacher.member_gpus
+            what = f"teacher {teacher.name} ({teacher.replicas} x {each})"
+            found.append((what, teacher.replicas * cpus, teacher.replicas * gpus))
+        for name, near_line in self.near_line().items():
+            consumer = near_line.consumer
+            what = f"consumers of {name} ({consumer.replicas} x {consumer.cpus:g})"
+            found.append((what, consumer.replicas * consumer.cpus, 0.0))
+        return found
 
 
 def endpoints_name(run: str) -> str:
@@ -115,7 +157,10 @@ class ServedTeacher(Teacher):
         except BackPressureError:
             raise Problem(429, f"teacher {self.teacher!r} is busy; try again", {"Retry-After": "1"}) from None
         except RayTaskError as error:
-            raise getattr(error, "cause", error) from None
+            cause = getattr(error, "cause", error)
+            if isinstance(cause, GangBroken):
+                raise unavailable(f"teacher {self.teacher!r} lost a process; try again") from None
+            raise cause from None
         except (RayActorError, DeploymentUnavailableError, RayServeException):
             raise unavailable(f"teacher {self.teacher!r} does not answer; try again") from None
 
@@ -176,18 +221,25 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
 
     Raises:
         ConfigError: others could reach the endpoints without a token; gRPC's code, or the packages that near-line
-            labels need, cannot be loaded.
-        CapacityError: a port is in use.
+            labels need, cannot be loaded; a teacher cannot be a gang as it is configured.
+        CapacityError: a port is in use, or Ray has too few CPUs or GPUs.
     """
     config = plan.endpoints
     check_bind(config, token, production)
+    for teacher in plan.teachers:
+        if teacher.members > 1:
+            gang_config(plan.service(teacher), teacher.gang())
     if plan.near_line():
         check_installed()
     check_port(config.host, config.http_port)
     if config.grpc_port is not None:
         check_port("0.0.0.0", config.grpc_port)
         _check_grpc()
+    import ray
     from ray import serve
+
+    total = ray.cluster_resources()
+    check_room(plan, total.get("CPU", 0.0), total.get("GPU", 0.0))
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = {"log_level": "ERROR", "enable_access_log": False}
@@ -215,19 +267,34 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
         start_teacher(
             _teachers_of(plan.run),
             teacher.name,
-            TeacherServiceConfig(
-                root=plan.root,
-                model=teacher.model,
-                threads=teacher.threads,
-                poll_s=config.poll_s,
-                metadata=config.metadata,
-            ),
+            plan.service(teacher),
             replicas=teacher.replicas,
             cpus=teacher.cpus,
             gpus=teacher.gpus,
+            members=teacher.members,
+            member_cpus=teacher.member_cpus,
+            member_gpus=teacher.member_gpus,
+            row_wise_from=teacher.row_wise_from,
         )
     for near_line in plan.near_line().values():
         start_consumers(near_line)
+
+
+def check_room(plan: EndpointsPlan, cpus: float, gpus: float = 0.0) -> None:
+    """Refuse what Ray would wait for without end: replicas, and gangs whole, that never find a place.
+
+    Raises:
+        CapacityError: with the arithmetic.
+    """
+    for unit, have, place in (("CPUs", cpus, 1), ("GPUs", gpus, 2)):
+        needs = [(str(need[0]), float(need[place])) for need in plan.needs()]
+        total = sum(amount for _, amount in needs)
+        if total > have + 1e-9:
+            terms = " + ".join(f"{amount:g} {what}" for what, amount in needs if amount)
+            raise CapacityError(
+                f"the endpoints need {total:g} {unit} and Ray has {have:g}: {terms}; lower replicas, members or their "
+                "shares, name fewer teachers (endpoints.teachers), or give Ray more (--set ray.cpus=N, ray.address)"
+            )
 
 
 def stop_endpoints(plan: EndpointsPlan) -> None:

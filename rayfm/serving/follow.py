@@ -13,6 +13,7 @@ from rayfm.data.store import ExampleStore
 from rayfm.models.base import MODELS
 from rayfm.schema import Schema
 from rayfm.serving.exported import load_exported
+from rayfm.serving.gang.gang import Gang, GangVersion
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.retrieval import ItemIndex, load_index
 from rayfm.serving.retrieval_config import RetrievalConfig
@@ -48,7 +49,40 @@ def follow_current(
         lease_s: seconds that a lease outlives this process.
         load: loads and verifies a version.
     """
-    return _follow(store, model, metadata, poll_s, spare, lease_s, lambda version: load(store, model, version), warm)
+    collector, who = Collector(store, metadata), _who(model)
+    # `load` verifies.
+    loader = Loader(
+        collector,
+        model,
+        who,
+        lambda version: load(store, model, version),
+        warm,
+        verify=False,
+        spare=spare,
+        lease_s=lease_s,
+    )
+    return _follow(loader, poll_s)
+
+
+def follow_gang(
+    gang: Gang, metadata: MetadataStore, poll_s: float = 2.0, spare: int = 0, lease_s: float = LEASE_S
+) -> SnapshotFollower[GangVersion]:
+    """As `follow_current`, for all members of a gang as one: they have a version together or not at all, under one
+    lease.
+    """
+    collector, who = Collector(gang.store, metadata), f"gang of {gang.world}, {_who(gang.model)}"
+    loader = Loader(
+        collector,
+        gang.model,
+        who,
+        gang.load,
+        gang.warm,
+        unload=GangVersion.retire,
+        verify=False,
+        spare=spare,
+        lease_s=lease_s,
+    )
+    return _follow(loader, poll_s)
 
 
 def follow_items(
@@ -65,7 +99,16 @@ def follow_items(
     def load_items(version: str) -> ItemIndex:
         return load_index(store, model, version, config, examples, load)
 
-    return _follow(store, model, metadata, poll_s, 0, LEASE_S, load_items, lambda items: warm(items.loaded))
+    loader = Loader(
+        Collector(store, metadata),
+        model,
+        f"items of {_who(model)}",
+        load_items,
+        lambda items: warm(items.loaded),
+        record=False,  # a catalogue that is broken says nothing of the version
+        verify=False,
+    )
+    return _follow(loader, poll_s)
 
 
 def student_follower(root: str, config: EndpointsConfig) -> Callable[[str], Follower[LoadedVersion]] | None:
@@ -96,21 +139,13 @@ def item_follower(root: str, examples: str | None, config: EndpointsConfig) -> C
     return follow
 
 
-def _follow(
-    store: SnapshotStore,
-    model: str,
-    metadata: MetadataStore,
-    poll_s: float,
-    spare: int,
-    lease_s: float,
-    load: Callable[[str], LoadedT],
-    warm_up: Callable[[LoadedT], None],
-) -> SnapshotFollower[LoadedT]:
-    collector = Collector(store, metadata)
-    who = f"{model} on {socket.gethostname()}, process {os.getpid()}"
-    # `load` verifies.
-    loader = Loader(collector, model, who, load, warm_up, verify=False, spare=spare, lease_s=lease_s)
-    return SnapshotFollower(loader, Updater(collector, model, who, check_buildable, lease_s), poll_s)
+def _who(model: str) -> str:
+    return f"{model} on {socket.gethostname()}, process {os.getpid()}"
+
+
+def _follow(loader: Loader[LoadedT], poll_s: float) -> SnapshotFollower[LoadedT]:
+    updater = Updater(loader.collector, loader.model, loader.owner, check_buildable, loader.lease_s)
+    return SnapshotFollower(loader, updater, poll_s)
 
 
 def check_buildable(manifest: SnapshotManifest) -> None:

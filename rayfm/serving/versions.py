@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Generic, Protocol, TypeVar
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from rayfm.config import RayfmError, SnapshotError
+from rayfm.data.encode import EncodedChunk, Encoder
 from rayfm.schema import EXAMPLE_ID, TRAFFIC
 from rayfm.serving.teacher import LoadedVersion, load_version
 from rayfm.snapshots.load import SnapshotStore
@@ -58,16 +59,25 @@ def warm(loaded: LoadedVersion) -> None:
         SnapshotError: the model cannot score, or answers with something that is no number.
     """
     encoder = loaded.encoder
+    with torch.inference_mode():
+        predictions = loaded.model(encoder.batch(blank_example(encoder), 0, 1))
+    check_warm(loaded.version, predictions)
+
+
+def blank_example(encoder: Encoder) -> EncodedChunk:
+    """One example without features."""
     types = encoder.schema.arrow_schema()
     known = {EXAMPLE_ID: 0, TRAFFIC: encoder.schema.traffics[0]}
     table = pa.table({name: pa.array([known.get(name)], types.field(name).type) for name in encoder.columns})
     none = np.zeros((1, 0), np.float32)
-    chunk = encoder.encode(table, np.zeros(1, np.int64), none, none.astype(np.bool_))
-    with torch.inference_mode():
-        predictions = loaded.model(encoder.batch(chunk, 0, 1))
+    return encoder.encode(table, np.zeros(1, np.int64), none, none.astype(np.bool_))
+
+
+def check_warm(version: str, predictions: Mapping[str, torch.Tensor]) -> None:
+    """Raises SnapshotError where a prediction is no number."""
     for task, values in predictions.items():
         if not bool(torch.isfinite(values).all()):
-            raise SnapshotError(f"version {loaded.version}: its prediction of {task!r} is not finite; it is kept out")
+            raise SnapshotError(f"version {version}: its prediction of {task!r} is not finite; it is kept out")
 
 
 class NewestFollower:

@@ -50,6 +50,8 @@ class Loader(Generic[T]):
         load: makes what answers from a version's files; called once for each version that is loaded.
         warm: called with it before it may answer, so that the first request does not pay for what is made lazily.
         unload: called with what has left, or was never warm; requests may still be using it.
+        record: tell the updaters what cannot be loaded, so that `current` may leave it; False where ``load`` may fail
+            for the sake of something else than the version.
         verify: compare all files with their hashes first; False where ``load`` does.
         spare: further versions that stay for requests that name them, last used first; those that the lease of a
             job names stay beyond this number.
@@ -65,13 +67,14 @@ class Loader(Generic[T]):
         warm: Callable[[T], None] | None = None,
         *,
         unload: Callable[[T], None] | None = None,
+        record: bool = True,
         verify: bool = True,
         spare: int = 0,
         lease_s: float = LEASE_S,
     ) -> None:
         self.collector, self.model, self.owner = collector, model, owner
-        self._unload = unload
-        self._load, self._warm, self._verify, self._spare, self._lease_s = load, warm, verify, spare, lease_s
+        self._unload, self._records = unload, record
+        self._load, self._warm, self._verify, self._spare, self.lease_s = load, warm, verify, spare, lease_s
         self._keeper = LeaseKeeper(collector.metadata, lease_s)
         self._loading = threading.Lock()
         self._held: dict[str, _Held[T]] = {}
@@ -154,7 +157,8 @@ class Loader(Generic[T]):
             self._failed = (version, failures, time.monotonic() + pause)
             self.failure = f"{self.model}@{version}: {error}"
             log.error("%s@%s cannot be loaded (next try in %.0f s): %s", self.model, version, pause, error)
-            self._record(version, f"{type(error).__name__}: {error}")
+            if self._records:
+                self._record(version, f"{type(error).__name__}: {error}")
             return False
         self._current, self._failed, self.failure = held, None, None
         held.used = time.monotonic()
@@ -169,7 +173,7 @@ class Loader(Generic[T]):
 
     def _take(self, version: str) -> _Held[T]:
         """Load a version under a lease."""
-        lease = self.collector.hold(self.model, version, self.owner, self._lease_s, kind=REPLICA)
+        lease = self.collector.hold(self.model, version, self.owner, self.lease_s, kind=REPLICA)
         self._keeper.keep(lease)
         try:
             if self._verify:
@@ -196,7 +200,7 @@ class Loader(Generic[T]):
             if self._keeper.kept(held.lease):
                 continue
             try:
-                lease = self.collector.hold(self.model, held.version, self.owner, self._lease_s, kind=REPLICA)
+                lease = self.collector.hold(self.model, held.version, self.owner, self.lease_s, kind=REPLICA)
             except StoreUnavailable:
                 raise
             except SnapshotError as error:

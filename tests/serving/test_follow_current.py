@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from example_store import every_feature_rows
-from test_teacher_service import MODEL, expected, publish_model, score
+from served_models import predictions, publish_model
+from test_teacher_service import MODEL, score
 
 from rayfm.config import SnapshotError
 from rayfm.serving.follow import follow_current, student_follower
@@ -31,7 +32,7 @@ def url(tmp_path) -> str:
 
 @pytest.fixture
 def service(tmp_path, url):
-    publish_model(tmp_path, "v1", seed=1)
+    publish_model(tmp_path, MODEL, "v1", 1)
     made = TeacherService({"root": str(tmp_path), "model": MODEL, "metadata": url, "poll_s": 0.02})
     yield made
     made._follower.close()
@@ -56,11 +57,13 @@ def test_a_replica_follows_current_and_says_who_answered(tmp_path, url, service,
     collector = Collector(SnapshotStore(tmp_path), open_metadata(url))
     (lease,) = collector.holders(MODEL, "v1")
     assert lease.owner.startswith(f"{MODEL} on ")
-    models = {"v2": publish_model(tmp_path, "v2", seed=2)}
+    models = {"v2": publish_model(tmp_path, MODEL, "v2", 2)}
     wait_for(service, "v2")
     version, found = score(service, rows)
     assert version == "v2"
-    np.testing.assert_allclose(found["click"].to_numpy(), expected(models["v2"], rows)["click"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found["click"].to_numpy(), predictions(models["v2"], rows)["click"], rtol=1e-5, atol=1e-6
+    )
     assert score(service, rows, "v1")[0] == "v1", "a job that still names the old version gets it"
     assert asyncio.run(service.score_request(rows)).version == "v2"
     pointer = Pointer(collector, MODEL, "operator")
@@ -72,12 +75,12 @@ def test_a_replica_follows_current_and_says_who_answered(tmp_path, url, service,
 
 
 def test_a_version_of_an_unknown_model_is_kept_out(tmp_path, url, service, rows):
-    publish_model(tmp_path, "v2", seed=2)
+    publish_model(tmp_path, MODEL, "v2", 2)
     wait_for(service, "v2")
     metadata = open_metadata(url)
     pointer = Pointer(Collector(SnapshotStore(tmp_path), metadata), MODEL, "operator")
     pointer.pin("v2", "while v3 is made")
-    publish_model(tmp_path, "v3", seed=3)
+    publish_model(tmp_path, MODEL, "v3", 3)
     break_model(tmp_path, "v3")
     pointer.unpin()
     deadline = time.monotonic() + 20
@@ -98,7 +101,7 @@ def test_a_request_that_began_before_a_swap_ends_with_its_version(tmp_path, url,
 
     def swap() -> None:
         for number in (2, 3):
-            publish_model(tmp_path, f"v{number}", seed=number)
+            publish_model(tmp_path, MODEL, f"v{number}", number)
             deadline = time.monotonic() + 20
             while service._follower.loader.version != f"v{number}":
                 assert time.monotonic() < deadline
@@ -115,8 +118,8 @@ def test_students_follow_where_the_config_names_a_store(tmp_path, url):
     assert student_follower(str(tmp_path), EndpointsConfig()) is None
     with pytest.raises(ValueError, match="write sqlite:///absolute/path or zookeeper"):
         EndpointsConfig(metadata="redis://x")
-    publish_model(tmp_path, "v1", seed=1)
-    publish_model(tmp_path, "v2", seed=2)
+    publish_model(tmp_path, MODEL, "v1", 1)
+    publish_model(tmp_path, MODEL, "v2", 2)
     Pointer(Collector(SnapshotStore(tmp_path), open_metadata(url)), MODEL, "operator").pin("v1", "an experiment")
     students = Students(str(tmp_path), [MODEL], EndpointsConfig(), student_follower(str(tmp_path), config(url)))
     deadline = time.monotonic() + 20
@@ -136,10 +139,10 @@ def test_any_service_may_follow(tmp_path, url):
     follower = follow_current(store, MODEL, metadata, poll_s=60.0)
     with pytest.raises(SnapshotError, match="no version that can be served yet"):
         follower.current()
-    publish_model(tmp_path, "v1", seed=1)
+    publish_model(tmp_path, MODEL, "v1", 1)
     assert follower.refresh()
     assert follower.current().version == "v1"
-    publish_model(tmp_path, "v2", seed=2)
+    publish_model(tmp_path, MODEL, "v2", 2)
     assert follower.refresh()
     assert follower.loader.versions() == ["v2"]
     follower.close()

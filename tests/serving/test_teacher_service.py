@@ -9,49 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from example_store import every_feature_rows, every_feature_schema
+from example_store import every_feature_rows
+from served_models import SCHEMA, TASKS, predictions, publish_model
 
 from rayfm.config import CapacityError, DataError, SnapshotError
 from rayfm.data.encode import Encoder
-from rayfm.models import MODELS, build_model
 from rayfm.serving.application import application_name, check_port
 from rayfm.serving.teacher import TeacherService, load_version, score_table
 from rayfm.snapshots import SnapshotStore
-from rayfm.snapshots.publish import publish
 
 MODEL = "fm.teacher.0"
-SCHEMA = every_feature_schema()
-TASKS = ("click", "watch")
-CONFIG = MODELS["dcnv2"].Config(embedding_dim=8, hidden=(8,))
-
-
-def publish_model(root, version: str, seed: int, trained_through: str | None = "2024-01-01") -> torch.nn.Module:
-    """A model with noticeable weights as a snapshot."""
-    model = build_model(CONFIG, SCHEMA, TASKS, seed=seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(seed + parameter.numel()))
-    publish(
-        root,
-        MODEL,
-        version,
-        dict(model.state_dict()),
-        trained_through=trained_through,
-        config=CONFIG.dump(),
-        example_schema=SCHEMA.dump(),
-        tasks=TASKS,
-    )
-    return model.eval()
-
-
-def expected(model: torch.nn.Module, table: pa.Table) -> dict[str, np.ndarray]:
-    """The model's own predictions, its tables not sharded and nothing exported."""
-    encoder = Encoder(SCHEMA, labels=False)
-    none = np.zeros((len(table), 0), np.float32)
-    chunk = encoder.encode(table, np.zeros(len(table), np.int64), none, none.astype(bool))
-    with torch.no_grad():
-        logits = model(encoder.batch(chunk, 0, len(table))).logits
-    return {"click": logits["click"].sigmoid().numpy(), "watch": logits["watch"].numpy()}
 
 
 def score(service: TeacherService, table: pa.Table, version: str | None = None) -> tuple[str, pa.Table]:
@@ -65,7 +32,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(root):
-    return {version: publish_model(root, version, seed) for seed, version in enumerate(("v1", "v2", "v3"))}
+    return {version: publish_model(root, MODEL, version, seed) for seed, version in enumerate(("v1", "v2", "v3"))}
 
 
 @pytest.fixture
@@ -85,7 +52,7 @@ def test_predictions_are_the_models_own(root, models, rows):
         found = score_table(loaded, rows, at_once)
         assert found.column_names == list(TASKS)
         assert {str(field.type) for field in found.schema} == {"float"}
-        for task, values in expected(models["v1"], rows).items():
+        for task, values in predictions(models["v1"], rows).items():
             np.testing.assert_allclose(found[task].to_numpy(), values, rtol=1e-5, atol=1e-6)
 
 
@@ -124,13 +91,13 @@ def test_a_table_without_rows_has_no_predictions(root, models, rows):
 
 
 def test_a_request_names_its_version(service, models, rows):
-    predictions = {}
+    clicks = {}
     for version, model in models.items():
         answered, found = score(service, rows, version)
         assert answered == version
-        np.testing.assert_allclose(found["click"].to_numpy(), expected(model, rows)["click"], rtol=1e-5, atol=1e-6)
-        predictions[version] = found["click"].to_numpy()
-    assert np.abs(predictions["v1"] - predictions["v2"]).max() > 0.01, "the versions must differ to tell them apart"
+        np.testing.assert_allclose(found["click"].to_numpy(), predictions(model, rows)["click"], rtol=1e-5, atol=1e-6)
+        clicks[version] = found["click"].to_numpy()
+    assert np.abs(clicks["v1"] - clicks["v2"]).max() > 0.01, "the versions must differ to tell them apart"
 
 
 def test_what_serves_needs_neither_labels_nor_reserved_columns(service, models, rows):
@@ -175,8 +142,8 @@ def test_two_versions_are_kept(service, rows):
 
 
 def test_a_changed_byte_is_refused(tmp_path, rows):
-    publish_model(tmp_path, "v1", seed=1)
-    publish_model(tmp_path, "v2", seed=2)
+    publish_model(tmp_path, MODEL, "v1", 1)
+    publish_model(tmp_path, MODEL, "v2", 2)
     (file,) = (tmp_path / "snapshots" / MODEL / "v2").glob("*.safetensors")
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -269,7 +236,7 @@ def test_requests_side_by_side_get_their_own_answers(service, models, rows):
 
     for i, (version, found) in enumerate(asyncio.run(both())):
         assert version == f"v{1 + i % 2}"
-        values = expected(models[version], rows.slice(30 * i, 30))["click"]
+        values = predictions(models[version], rows.slice(30 * i, 30))["click"]
         np.testing.assert_allclose(found["click"].to_numpy(), values, rtol=1e-5, atol=1e-6)
 
 
@@ -316,10 +283,10 @@ def test_rows_from_outside_are_conformed_first(service, rows):
 
 
 def test_a_service_may_follow_the_newest_version(tmp_path, rows):
-    publish_model(tmp_path, "v1", seed=1)
+    publish_model(tmp_path, MODEL, "v1", 1)
     service = TeacherService({"root": str(tmp_path), "model": MODEL, "poll_s": 0.02})
     assert score(service, rows)[0] == "v1"
-    publish_model(tmp_path, "v2", seed=2)
+    publish_model(tmp_path, MODEL, "v2", 2)
     end = time.monotonic() + 20
     while score(service, rows)[0] != "v2":
         assert time.monotonic() < end

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from rayfm.data.encode import EncodedChunk
 from rayfm.labels.columns import REPRESENTATION
 from rayfm.serving.gang.sharded import ShardedVersion
+from rayfm.serving.versions import blank_example, check_warm
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.training.checkpoint import world_device
 
@@ -27,6 +27,9 @@ GROUP_TIMEOUT_S = 120.0
 class GangMember:
     """One process of the group. The replica that owns it calls every method on all members, in one order.
 
+    Methods of the group ``loading`` run beside a forward, in a thread of their own, and exchange in process groups of
+    their own: one a version, made anew for each load, so that a load that failed half-way leaves no other out of step.
+
     Args:
         root: folder that holds ``snapshots/``.
         model: the model's key.
@@ -34,16 +37,14 @@ class GangMember:
         world: how many there are.
         threads: intra-op threads.
         row_wise_from: as ``ShardedVersion``'s.
-        kept: versions held side by side.
     """
 
-    def __init__(
-        self, root: str, model: str, rank: int, world: int, threads: int, row_wise_from: int, kept: int
-    ) -> None:
+    def __init__(self, root: str, model: str, rank: int, world: int, threads: int, row_wise_from: int) -> None:
         torch.set_num_threads(threads)
         self.store, self.model, self.rank, self.world = SnapshotStore(root), model, rank, world
-        self.row_wise_from, self.kept = row_wise_from, kept
-        self.versions: OrderedDict[str, ShardedVersion] = OrderedDict()
+        self.row_wise_from = row_wise_from
+        self.versions: dict[int, ShardedVersion] = {}
+        """By the number of their load."""
         self._chunk: EncodedChunk | None = None
 
     def address(self) -> str:
@@ -70,22 +71,46 @@ class GangMember:
         """Answers beside a running forward."""
         return True
 
-    def load(self, version: str) -> int:
+    @ray.method(concurrency_group="loading")
+    def load(self, number: int, version: str) -> int:
         """Load this member's slices of a version; returns how many numbers of tables it holds.
 
         Raises:
             SnapshotError: the version cannot be loaded.
         """
-        if version not in self.versions:
-            device = world_device(self.rank, "auto")
-            loaded = ShardedVersion(self.store, self.model, version, device, self.row_wise_from)
-            self.versions[version] = loaded
-            while len(self.versions) > self.kept:
-                self.versions.popitem(last=False)
-        self.versions.move_to_end(version)
-        return self.versions[version].elements
+        # First, so that members whose load fails have made as many groups as the others.
+        group = dist.new_group(timeout=datetime.timedelta(seconds=GROUP_TIMEOUT_S))
+        device = world_device(self.rank, "auto")
+        try:
+            loaded = ShardedVersion(self.store, self.model, version, device, group, self.row_wise_from)
+        except BaseException:
+            dist.destroy_process_group(group)
+            raise
+        self.versions[number] = loaded
+        return loaded.elements
 
-    def encode(self, table: pa.Table, version: str) -> None:
+    @ray.method(concurrency_group="loading")
+    def warm(self, number: int) -> None:
+        """One forward of one example without features, which all members take together.
+
+        Raises:
+            SnapshotError: a prediction is not finite.
+        """
+        loaded = self.versions[number]
+        encoder = loaded.encoder
+        predictions, _ = loaded.predict(encoder.batch(blank_example(encoder), 0, 1).to(world_device(self.rank, "auto")))
+        check_warm(loaded.version, predictions)
+
+    @ray.method(concurrency_group="loading")
+    def drop(self, number: int) -> None:
+        """Let go of a version that no request uses; nothing where its load failed."""
+        loaded = self.versions.pop(number, None)
+        if loaded is not None:
+            group = loaded.group
+            del loaded
+            dist.destroy_process_group(group)
+
+    def encode(self, table: pa.Table, number: int) -> None:
         """Take this member's rows for the forwards that follow. No exchange: rows that cannot be encoded hurt nobody.
 
         Raises:
@@ -93,16 +118,16 @@ class GangMember:
         """
         rows = table.num_rows
         none = np.zeros((rows, 0), np.float32)
-        encoder = self.versions[version].encoder
+        encoder = self.versions[number].encoder
         self._chunk = encoder.encode(table, np.zeros(rows, np.int64), none, none.astype(np.bool_))
 
-    def score(self, version: str, steps: int, rows_at_once: int, representation: bool) -> pa.Table:
+    def score(self, number: int, steps: int, rows_at_once: int, representation: bool) -> pa.Table:
         """Predictions of a version for the rows taken last, in ``steps`` forwards that all members take together.
 
         Returns:
             A float32 column per task, in the rows' order; with ``representation`` also that.
         """
-        loaded, chunk = self.versions[version], self._chunk
+        loaded, chunk = self.versions[number], self._chunk
         assert chunk is not None
         self._chunk = None
         rows = len(chunk.example_id)

@@ -1,88 +1,84 @@
-"""The replica in front of a gang: takes requests, deals their rows to the members, puts the answers together."""
+"""The replica in front of a gang: takes requests, and answers them as a teacher's service in one process does."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import math
 import os
-from typing import Any
+import threading
+from typing import Any, Protocol
 
 import pyarrow as pa
 
-from rayfm.config import RayfmError, SnapshotError
-from rayfm.data.encode import Encoder
-from rayfm.models.base import MODELS
-from rayfm.schema import Schema
-from rayfm.serving.gang.member import GangMember
+from rayfm.client.wire import Scored
+from rayfm.config import SnapshotError
+from rayfm.serving.follow import follow_gang
+from rayfm.serving.gang.actors import ActorMembers
+from rayfm.serving.gang.config import GangConfig
+from rayfm.serving.gang.gang import Gang, GangVersion, Members
+from rayfm.serving.gang.named import NamedVersions
+from rayfm.serving.http.codecs import check_finite
 from rayfm.serving.requests import conform_rows
-from rayfm.serving.teacher import KEPT_VERSIONS, TeacherServiceConfig
+from rayfm.serving.teacher import KEPT_VERSIONS
 from rayfm.snapshots.load import SnapshotStore
+from rayfm.snapshots.loader import SnapshotFollower
+from rayfm.snapshots.metadata import open_metadata
 
 LAST_WORDS_S = 0.2
 """Seconds between a gang's break and its end, in which the requests under way are told."""
 
-_LOG = logging.getLogger(__name__)
 
+class Versions(Protocol):
+    """The versions that a gang has, or can have."""
 
-class GangConfig(TeacherServiceConfig):
-    """A teacher service whose replicas are gangs."""
+    def get(self, version: str) -> GangVersion:
+        """A version that a request names; blocks while it is loaded."""
+        ...
 
-    members: int
-    """Processes of a gang, K."""
-    cpus_per_member: float = 0.25
-    gpus_per_member: float = 0.0
-    row_wise_from: int = 1_000_000
-    """Rows from which on a table is cut over all members."""
-
-
-class GangBroken(RayfmError):
-    """A member died or an exchange failed: this gang answers no more and will be replaced. Ask again."""
+    def current(self) -> GangVersion:
+        """What answers requests that name none."""
+        ...
 
 
 class GangTeacherService:
     """One replica: owns K members in its placement group, and answers as a `TeacherService` does.
 
-    Members work in lockstep, so requests are given to all of them at once, in one order. Where a member dies, the
-    others fail in the exchange that they wait in, the requests under way fail with `GangBroken`, and the replica ends
-    itself, upon which Ray Serve starts another with members of its own.
+    Members work in lockstep, so requests are given to all of them at once, in one order, with the version that each is
+    to be answered with: a reply is one version's. Where a member dies, the others fail in the exchange that they wait
+    in, the requests under way fail with `GangBroken`, and the replica ends itself, upon which Ray Serve starts another
+    with members of its own.
+
+    With ``metadata`` the gang follows `current` of that store under one lease a version: all members load a newer
+    version beside the one that answers, and where one of them cannot, all stay with the one they have.
 
     Args:
         config: a `GangConfig`'s fields.
+        members: the processes; by default actors that are started here.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
+    def __init__(self, config: dict[str, Any], members: Members | None = None) -> None:
         self.config = GangConfig.model_validate(config)
         self.store = SnapshotStore(self.config.root)
-        self._current: str | None = None
-        self._broken: str | None = None
-        self._loaded: list[str] = []
-        self._encoders: dict[str, Encoder] = {}
-        self._order = asyncio.Lock()
-        group = ray.util.get_current_placement_group()
-        remote: Any = ray.remote
-        actor = remote(concurrency_groups={"health": 1})(GangMember)
-        options: dict[str, Any] = {"num_cpus": self.config.cpus_per_member, "num_gpus": self.config.gpus_per_member}
-        if group is not None:
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group)
-        world = self.config.members
-        arguments = (self.config.threads, self.config.row_wise_from, KEPT_VERSIONS)
-        self.members = [
-            actor.options(**options).remote(self.config.root, self.config.model, rank, world, *arguments)
-            for rank in range(world)
-        ]
-        address = ray.get(self.members[0].address.remote())
-        self.pids: list[int] = ray.get([member.join.remote(address) for member in self.members])
+        self.pids: list[int] = []
+        if members is None:
+            members = actors = ActorMembers(self.config)
+            self.pids = actors.pids
+        model, world, rows = self.config.model, self.config.members, self.config.predict_rows
+        self.gang = Gang(self.store, model, members, world, rows, _end_soon)
+        self._named = NamedVersions(self.gang.load)
+        self._versions: Versions = self._named
+        self._follower: SnapshotFollower[GangVersion] | None = None
+        if self.config.metadata is not None:
+            metadata, poll_s = open_metadata(self.config.metadata), self.config.poll_s or 2.0
+            self._follower = follow_gang(self.gang, metadata, poll_s, spare=KEPT_VERSIONS - 1)
+            self._versions = self._follower.loader
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve calls this at the start and when ``user_config`` changes: ``version`` answers where none is named."""
+        """Serve calls this at the start and when ``user_config`` changes: ``version`` answers requests that name none,
+        unless the gang follows a metadata store.
+        """
         version = user_config.get("version")
-        if version is not None:
-            await self._load(str(version))
-            self._current = str(version)
+        if version is not None and self._follower is None:
+            await asyncio.to_thread(self._named.make_current, str(version))
 
     async def check_health(self) -> None:
         """Serve calls this every now and then.
@@ -90,18 +86,14 @@ class GangTeacherService:
         Raises:
             GangBroken: a member does not answer.
         """
-        if self._broken is None:
-            try:
-                answers = [member.alive.remote() for member in self.members]
-                await asyncio.wait_for(asyncio.gather(*answers), timeout=10)
-            except Exception as error:
-                self._break(f"a member does not answer ({type(error).__name__})")
-        if self._broken is not None:
-            raise GangBroken(f"gang of {self.config.model}: {self._broken}")
+        await self.gang.check()
 
     async def current_version(self) -> str | None:
-        """The version that answers requests that name none."""
-        return self._current
+        """The version that answers requests that name none; None where there is none yet."""
+        try:
+            return self._versions.current().version
+        except (SnapshotError, ValueError):
+            return None
 
     async def member_pids(self) -> list[int]:
         """Process ids of the members, for operators and tests."""
@@ -113,90 +105,56 @@ class GangTeacherService:
         """(version, predictions) for ``table``, as `TeacherService.score`.
 
         Raises:
-            SnapshotError: the version cannot be loaded; ValueError: none was named and none is current.
+            SnapshotError: the version cannot be loaded; none was named, and none is there yet that can be followed.
+            ValueError: none was named, and the gang follows nothing.
             GangBroken: a member died; another replica can answer.
         """
-        wanted = version or self._current
-        if wanted is None:
-            raise ValueError("no version is current; name one")
-        await self._load(wanted)
-        return wanted, await self._score(table, wanted, representation)
+        return await self._answer(table, version, representation, conform_first=False)
 
-    async def score_request(self, table: pa.Table, version: str | None = None, representation: bool = False) -> Any:
+    async def score_request(self, table: pa.Table, version: str | None = None, representation: bool = False) -> Scored:
         """Predictions for rows from outside, as `TeacherService.score_request`."""
-        from rayfm.client.wire import Scored
-        from rayfm.serving.http.codecs import check_finite
+        return Scored(*await self._answer(table, version, representation, conform_first=True))
 
-        wanted = version or self._current
-        if wanted is None:
-            raise ValueError("no version is current; name one")
-        await self._load(wanted)
-        rows = conform_rows(self._encoders[wanted], table)
-        return Scored(wanted, check_finite(await self._score(rows, wanted, representation)))
+    def close(self) -> None:
+        """Stop following, and give the leases back."""
+        if self._follower is not None:
+            self._follower.close()
 
-    async def _load(self, version: str) -> None:
-        """Have all members load a version; what they keep, they keep alike, since they are asked alike."""
-        if version in self._loaded:
-            return
-        manifest = self.store.manifest(self.config.model, version)  # refused here, before any member is asked
-        config = MODELS[manifest.config["type"]].Config.model_validate(manifest.config)
-        async with self._order:
-            if version in self._loaded:
-                return
-            await self._all(lambda member: member.load.remote(version))
-            self._encoders[version] = Encoder(
-                Schema.model_validate(manifest.example_schema), config.features, labels=False
-            )
-            self._loaded = [*self._loaded, version][-KEPT_VERSIONS:]
-            self._encoders = {name: self._encoders[name] for name in self._loaded}
+    async def _answer(
+        self, table: pa.Table, version: str | None, representation: bool, conform_first: bool
+    ) -> tuple[str, pa.Table]:
+        loaded = await self._entered(version)
+        # To its end, even where the caller is gone: members that are at work still need the version.
+        work = asyncio.ensure_future(self._score(loaded, table, representation, conform_first))
+        return await asyncio.shield(work)
 
-    async def _score(self, table: pa.Table, version: str, representation: bool) -> pa.Table:
-        world, at_once = self.config.members, self.config.predict_rows
-        share = math.ceil(table.num_rows / world)
-        steps = max(1, math.ceil(share / at_once))
-        parts = [table.slice(rank * share, max(0, min(share, table.num_rows - rank * share))) for rank in range(world)]
-        async with self._order:
-            if version not in self._loaded:
-                raise SnapshotError(f"{self.config.model}@{version} was dropped for newer versions; ask again")
-            pairs = zip(self.members, parts, strict=True)
-            await self._gathered([member.encode.remote(part, version) for member, part in pairs], in_step=True)
-            return pa.concat_tables(
-                await self._all(lambda member: member.score.remote(version, steps, at_once, representation))
-            )
+    async def _entered(self, version: str | None) -> GangVersion:
+        while True:
+            if version is None:
+                loaded = self._versions.current()
+            else:
+                loaded = await asyncio.to_thread(self._versions.get, version)
+            if loaded.enter():
+                return loaded
 
-    async def _all(self, ask: Any) -> list[Any]:
-        return await self._gathered([ask(member) for member in self.members])
+    async def _score(
+        self, loaded: GangVersion, table: pa.Table, representation: bool, conform_first: bool
+    ) -> tuple[str, pa.Table]:
+        try:
+            if conform_first:
+                table = await asyncio.to_thread(conform_rows, loaded.encoder, table)
+            predictions = await self.gang.score(loaded, table, representation)
+            return loaded.version, check_finite(predictions) if conform_first else predictions
+        finally:
+            loaded.leave()
 
-    async def _gathered(self, answers: list[Any], in_step: bool = False) -> list[Any]:
-        """The members' answers.
 
-        Args:
-            answers: a reference of each member.
-            in_step: the members exchanged nothing, so that one's error leaves the others where they were.
+def _end_soon() -> None:
+    """End this process once the requests under way have heard that the gang is broken.
 
-        Raises:
-            RayfmError: what all of them raise alike, such as a version that cannot be loaded, or one of them in step.
-            GangBroken: anything else; the members may be out of step.
-        """
-        if self._broken is not None:
-            raise GangBroken(f"gang of {self.config.model}: {self._broken}; ask again")
-        found = await asyncio.gather(*answers, return_exceptions=True)
-        errors = [answer for answer in found if isinstance(answer, BaseException)]
-        if not errors:
-            return list(found)
-        causes = [getattr(error, "cause", error) for error in errors]
-        if (in_step or len(errors) == len(found)) and all(isinstance(cause, RayfmError) for cause in causes):
-            raise type(causes[0])(str(causes[0]))
-        self._break(f"{type(causes[0]).__name__}: {str(causes[0]).splitlines()[0] if str(causes[0]) else ''}")
-        raise GangBroken(f"gang of {self.config.model}: {self._broken}; ask again")
-
-    def _break(self, why: str) -> None:
-        """Answer nothing more, and end this process once the requests under way have heard of it.
-
-        A replica that fails at once looks idle, and would be sent everything until its health check is next due; one
-        that is gone is sent nothing. Its members end with it.
-        """
-        if self._broken is None:
-            self._broken = why
-            _LOG.error("gang of %s: %s", self.config.model, why)
-            asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
+    A replica that fails at once looks idle, and would be sent everything until its health check is next due; one that
+    is gone is sent nothing. Its members end with it.
+    """
+    timer = threading.Timer(LAST_WORDS_S, os._exit, (1,))
+    timer.daemon = True
+    timer.start()

@@ -22,6 +22,7 @@ from rayfm.models.base import MODELS, ModelConfig
 from rayfm.models.build import build_model
 from rayfm.schema import Schema
 from rayfm.snapshots.load import SnapshotStore
+from rayfm.snapshots.manifest import SnapshotManifest
 from rayfm.training.config import TrainingConfig
 from rayfm.training.sharding import local_shards, place, sharders, sharding_plan
 
@@ -36,6 +37,7 @@ class ShardedVersion:
         store: where the version is.
         model, version: which.
         device: this member's.
+        group: the processes that share it, in which no other version exchanges.
         row_wise_from: rows from which on a table is cut.
 
     Raises:
@@ -43,19 +45,26 @@ class ShardedVersion:
     """
 
     def __init__(
-        self, store: SnapshotStore, model: str, version: str, device: torch.device, row_wise_from: int = 1_000_000
+        self,
+        store: SnapshotStore,
+        model: str,
+        version: str,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        row_wise_from: int = 1_000_000,
     ) -> None:
+        self.group = group
         manifest = store.manifest(model, version)
         self.version, self.trained_through, self.tasks = version, manifest.trained_through, manifest.tasks
         self.schema = Schema.model_validate(manifest.example_schema)
         config: ModelConfig = MODELS[manifest.config["type"]].Config.model_validate(manifest.config)
         module = build_model(config, self.schema, manifest.tasks, embedding_device=torch.device("meta"))
         self.representation_dim = module.representation_dim
-        world = dist.get_world_size()
+        world = dist.get_world_size(group)
         placement = place(module, TrainingConfig(row_wise_from=row_wise_from), world)
         self.dmp = DistributedModelParallel(
             module,
-            env=ShardingEnv.from_process_group(dist.group.WORLD),
+            env=ShardingEnv.from_process_group(group),
             device=device,
             plan=sharding_plan(module, placement, world, device),
             sharders=sharders(),
@@ -63,22 +72,29 @@ class ShardedVersion:
         )
         self.elements = 0
         """Numbers of tables that this member holds."""
-        self._read(store, model, version, set(manifest.tensors))
+        self._read(store, manifest)
         self.calibrator = self._calibrator(store, model, version, set(manifest.tensors))
         self.dmp.eval()
         self.encoder = Encoder(self.schema, config.features, labels=False)
 
     @torch.no_grad()
-    def _read(self, store: SnapshotStore, model: str, version: str, stored: set[str]) -> None:
-        """Fill every shard and dense tensor from the files, reading no more of them than that."""
-        own = {name for name in stored if not name.startswith(CALIBRATOR_PREFIX)}
+    def _read(self, store: SnapshotStore, manifest: SnapshotManifest) -> None:
+        """Fill every shard and dense tensor from the files, reading no more of them than that. Nothing is exchanged."""
+        model, version = manifest.model, manifest.version
+        stored = {name: record for name, record in manifest.tensors.items() if not name.startswith(CALIBRATOR_PREFIX)}
         state = self.dmp.state_dict()
-        if own != set(state):
-            name = min(own ^ set(state))
+        if set(stored) != set(state):
+            name = min(set(stored) ^ set(state))
             raise SnapshotError(
                 f"snapshot {model}@{version} and the model of its config differ in tensor {name!r}; publish it again"
             )
         for name, value in state.items():
+            shape = tuple(value.size())
+            if shape != tuple(stored[name].shape):
+                raise SnapshotError(
+                    f"snapshot {model}@{version}: tensor {name!r} is {list(stored[name].shape)}, and {list(shape)} in "
+                    "the model of its config; publish it again"
+                )
             sharded = isinstance(value, ShardedTensor | DTensor)
             for shard, row, column in local_shards(value):
                 if not sharded:
