@@ -14,6 +14,9 @@ import pyarrow.fs
 BUCKET, ID, SECRET = "teachers-labels", "an-id", "a-secret"
 """The server lets every key in; what is signed must be signed with one."""
 
+KEYS = {"AWS_ACCESS_KEY_ID": ID, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
+"""What the environment of a process that reaches the server has."""
+
 ENVIRONMENT = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import buckets
 import pytest
 import servers
 
@@ -44,7 +45,10 @@ def ray_session() -> Iterator[None]:
 
     # Workers import what tests hand them (look-ups, loops) by module name.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    ray.init(**RAY)
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in buckets.KEYS.items():  # workers have the keys of a bucket from the environment of their node
+            environment.setenv(name, value)
+        ray.init(**RAY)
     yield
     ray.shutdown()
 

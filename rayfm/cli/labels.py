@@ -14,6 +14,7 @@ import typer
 from rayfm.cli.runs import standing
 
 if TYPE_CHECKING:
+    from rayfm.labels.storage import Storage
     from rayfm.labels.store import LabelStore
 
 app = typer.Typer(no_args_is_help=True, help="The label store: what it holds, and its upkeep.")
@@ -36,23 +37,35 @@ Metadata = Annotated[
 
 @contextlib.contextmanager
 def _store(run: str, url: str | None = None) -> Iterator[LabelStore]:
-    """The store of a run's folder, with the run's metadata or that of ``url``; or of a bucket."""
+    """The store of a run's folder (which may be in a bucket), with the run's metadata or that of ``url``; or of a
+    bucket."""
     from rayfm.config import ConfigError
     from rayfm.labels.store import LabelStore
     from rayfm.snapshots import open_metadata
 
+    root: str | Storage = run
     if "://" not in run:
-        own = standing(Path(run)).absolute() / "metadata.sqlite"
+        root = _of_run(standing(Path(run)))
+        own = Path(run).absolute() / "metadata.sqlite"
         if url is None and own.is_file():
             url = f"sqlite://{quote(str(own))}"
     if url is None:
-        yield LabelStore(run)
+        yield LabelStore(root)
         return
     if url.startswith("sqlite:") and not Path(unquote(urlsplit(url).path)).is_file():
         # A new one would know of no pins.
         raise ConfigError(f"{url}: no such file; name the metadata store that holds the pins")
     with contextlib.closing(open_metadata(url)) as metadata:
-        yield LabelStore(run, metadata)
+        yield LabelStore(root, metadata)
+
+
+def _of_run(folder: Path) -> Storage:
+    """Where the run in a folder keeps its labels: what its config says, else the folder."""
+    from rayfm.config import read_yaml
+    from rayfm.labels.config import run_storage
+
+    saved = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    return run_storage(folder, saved.get("name", folder.name), saved.get("label_store"))
 
 
 def _examples(run: str, examples: Path | None) -> Any:

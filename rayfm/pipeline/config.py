@@ -12,6 +12,8 @@ from rayfm.data.config import DataConfig
 from rayfm.data.sources.base import SOURCES
 from rayfm.distill.base import OBJECTIVES, ObjectiveConfig
 from rayfm.distill.build import check_objectives
+from rayfm.labels.config import LabelStoreConfig
+from rayfm.labels.storage import Storage
 from rayfm.models.base import MODELS, ModelConfig
 from rayfm.models.histories import HistoryFeature
 from rayfm.pipeline.tune_config import TuneConfig
@@ -177,6 +179,8 @@ class PipelineConfig(Config):
     that every node mounts."""
     runs: str = "runs"
     """Folder of the runs: each has its snapshots, labels, checkpoints, metrics and report in a folder of its name."""
+    label_store: LabelStoreConfig | None = None
+    """Where the runs' labels and histories lie, if not in their folders: ``s3://bucket/prefix``, or another folder."""
     seeds: tuple[int, ...] = Field((1,), min_length=1)
     """Every variant is trained once per seed."""
     data: DataConfig
@@ -203,6 +207,11 @@ class PipelineConfig(Config):
     @property
     def run_dir(self) -> Path:
         return Path(self.runs) / self.name
+
+    @property
+    def label_storage(self) -> Storage:
+        """Where the run's labels and histories lie."""
+        return Storage.of(self.run_dir) if self.label_store is None else self.label_store.of_run(self.name)
 
     def tasks_of(self, part: TeacherConfig | StudentConfig) -> tuple[str, ...]:
         """The tasks of a teacher or student, in the schema's order."""

@@ -44,6 +44,6 @@ def run_here(config: PipelineConfig) -> Pipeline:
 
 
 def _train(pipeline: Pipeline, spec: TrainerSpec) -> None:
-    labels = StoredLabels(str(pipeline.run_dir), pipeline.metadata, spec.name)
+    labels = StoredLabels(pipeline.labels.storage, pipeline.metadata, spec.name)
     fit_here(spec, pipeline.coordinator(spec, prepare_timeout=0.0, alone=True), labels)
     pipeline.tickets.check()

@@ -19,11 +19,12 @@ from typing import Any
 
 import yaml
 
-from rayfm.config import ConfigError, DataError, RayfmError, write_yaml
+from rayfm.config import ConfigError, DataError, RayfmError, read_yaml, write_yaml
 from rayfm.data.prepare import missing_periods
 from rayfm.data.prepare import prepare as prepare_source
 from rayfm.data.sources.base import SOURCES
 from rayfm.data.store import ExampleStore
+from rayfm.labels.config import run_storage
 from rayfm.labels.history import HistoryStore
 from rayfm.labels.store import LabelStore
 from rayfm.pipeline.capacity import check_capacity
@@ -85,7 +86,8 @@ class Pipeline:
     def __init__(self, config: PipelineConfig) -> None:
         # Workers run in folders of their own: a path relative to this one would mean another place there.
         storage, runs = (str(Path(folder).absolute()) for folder in (config.storage, config.runs))
-        config = config.model_copy(update={"storage": storage, "runs": runs})
+        place = None if config.label_store is None else config.label_store.absolute()
+        config = config.model_copy(update={"storage": storage, "runs": runs, "label_store": place})
         self.config = config
         self.source = SOURCES.build(config.data.source, config.schema_)
         self.periods = choose_periods(config, [period.name for period in self.source.periods()])
@@ -95,7 +97,7 @@ class Pipeline:
         _make_folder(self.run_dir)
         self.metadata = SQLiteMetadataStore(metadata_path(self.run_dir))
         self.tickets = Tickets(self.metadata, config.name)
-        self.labels = LabelStore(self.run_dir, self.metadata)
+        self.labels = LabelStore(config.label_storage, self.metadata)
         self.snapshots = SnapshotStore(self.run_dir)
         self.collector = Collector(self.snapshots, self.metadata, keep=config.keep_snapshots)
         self.teacher_specs = [teacher_spec(config, name, self.periods) for name in config.teachers]
@@ -133,7 +135,7 @@ class Pipeline:
 
     def train(self, spec: TrainerSpec, coordinator: TrainerTickets | None = None) -> None:
         """Train one group through all periods."""
-        labels = StoredLabels(str(self.run_dir.absolute()), self.metadata, spec.name)
+        labels = StoredLabels(self.labels.storage, self.metadata, spec.name)
         fit(spec, coordinator or self.coordinator(spec), labels)
         self.tickets.check()
 
@@ -215,7 +217,7 @@ class Pipeline:
             earlier = self.periods[index - 1], str(before["version"]), int(before["table_version"])
         for history in histories(self.config):
             if history.teacher == teacher:
-                HistoryStore(self.run_dir).advance(
+                HistoryStore(self.labels.storage).advance(
                     history_spec(history),
                     self.store,
                     self.periods[index],
@@ -281,13 +283,14 @@ class Pipeline:
         """Make the run's folder, or take up the one that stands.
 
         Raises:
-            ConfigError: it stands and neither ``resume`` nor ``overwrite`` is asked for, or it is another config's.
+            ConfigError: it stands and neither ``resume`` nor ``overwrite`` is asked for, or it is another config's; or
+                labels of a run whose folder is elsewhere stand where this one's would lie.
             DataError: it cannot be written.
+            LabelError: the label store cannot.
         """
         saved = self.run_dir / "config.yaml"
-        if saved.exists() and overwrite:
-            self.metadata.close()
-            shutil.rmtree(self.run_dir)
+        if overwrite:
+            self._clear(saved)
         elif saved.exists() and not resume:
             raise ConfigError(
                 f"{self.run_dir} holds a run; --resume goes on with it, --overwrite starts anew, --set name=NAME "
@@ -295,16 +298,38 @@ class Pipeline:
             )
         elif saved.exists():
             self._same_config(saved)
+        elif self.config.label_store is not None and self.labels.storage.stands():
+            # They would be taken for this run's: versions of equal names hold other weights.
+            raise ConfigError(
+                f"{self.labels.root} holds labels of a run whose folder is not {self.run_dir}; --overwrite deletes "
+                "them, --set name=NAME makes another run"
+            )
+        if self.config.label_store is not None:
+            self.labels.storage.check_access()
         _make_folder(self.run_dir)
         _make_folder(self.store.root)
         write_yaml(self.config, saved)
         self.tickets.clear_failure()
 
+    def _clear(self, saved: Path) -> None:
+        """Remove the run of this name, wherever it kept its labels."""
+        before = read_yaml(saved).get("label_store") if saved.exists() else None
+        kept = [run_storage(self.run_dir, self.config.name, before), self.labels.storage]
+        # Labels first: what is left of a run that is broken off here has its config, and is not taken for a new one.
+        for storage in kept:
+            if storage.root != str(self.run_dir):
+                storage.clear()
+        if saved.exists():
+            self.metadata.close()
+            shutil.rmtree(self.run_dir)
+
     def _same_config(self, saved: Path) -> None:
         before, now = yaml.safe_load(saved.read_text()), self.config.dump()
-        for key in ("ray", "runs", "storage", "tune"):
-            before.pop(key, None)
-            now.pop(key, None)
+        for config in (before, now):
+            for key in ("ray", "runs", "storage", "tune"):
+                config.pop(key, None)
+            # Where the labels lie belongs to the run; how they are reached does not.
+            config["label_store"] = (config.get("label_store") or {}).get("root")
         key = ".".join(_first_difference(before, now))
         if key:
             raise ConfigError(

@@ -254,7 +254,7 @@ class Study:
         from ray import tune as ray_tune
         from ray.tune.schedulers import ASHAScheduler
 
-        source = StoredLabels(str(self.config.run_dir.absolute()), self.pipeline.metadata, "tune")
+        source = StoredLabels(self.pipeline.labels.storage, self.pipeline.metadata, "tune")
         spaces = self.spaces
 
         def trial(sampled: dict[str, Any]) -> None:

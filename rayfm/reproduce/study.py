@@ -131,7 +131,7 @@ def fingerprint(study: Study, scope: Scope, student: str, variant: str) -> str:
     }
     read |= {column.partition("/")[0] for column in config.students[student].reference.values()}
     dump["teachers"] = {name: teacher for name, teacher in dump["teachers"].items() if name in read}
-    for key in ("ray", "serving", "runs", "storage", "name"):
+    for key in ("ray", "serving", "runs", "storage", "label_store", "name"):
         dump.pop(key)
     text = json.dumps(dump, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
