@@ -8,6 +8,7 @@ from functools import partial
 
 from rayfm.client.wire import Scored
 from rayfm.config import SnapshotError, nearest
+from rayfm.data.encode import EncodedChunk
 from rayfm.serving.broadcast import encode_candidates
 from rayfm.serving.exported import load_exported
 from rayfm.serving.http.codecs import Payload, check_finite
@@ -19,16 +20,36 @@ from rayfm.serving.versions import Follower, NewestFollower, Shelf
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import check_name
 
+ROWS_AT_ONCE = 16_384
+"""Candidates of one forward."""
 
-def score_candidates(loaded: LoadedVersion, payload: Payload, rows_at_once: int = 16_384) -> Scored:
-    """Predictions for a request's candidates by one version.
+
+def prepare_candidates(loaded: LoadedVersion, payload: Payload) -> EncodedChunk:
+    """A request's candidates as a version reads them.
 
     Raises:
         DataError: the request is malformed, or does not fit the version's schema; Problem: it asks for too much.
     """
     user, candidates = payload.student()
-    chunk = encode_candidates(loaded.encoder, user, candidates, payload.limits.max_list_values)
-    return Scored(loaded.version, check_finite(score_chunk(loaded, chunk, rows_at_once)))
+    return encode_candidates(loaded.encoder, user, candidates, payload.limits.max_list_values)
+
+
+def score_prepared(loaded: LoadedVersion, chunk: EncodedChunk) -> Scored:
+    """A version's predictions for what was prepared for it.
+
+    Raises:
+        DataError: a prediction is not finite.
+    """
+    return Scored(loaded.version, check_finite(score_chunk(loaded, chunk, ROWS_AT_ONCE)))
+
+
+def score_candidates(loaded: LoadedVersion, payload: Payload) -> Scored:
+    """Predictions for a request's candidates by one version.
+
+    Raises:
+        DataError, Problem: as `prepare_candidates` and `score_prepared`.
+    """
+    return score_prepared(loaded, prepare_candidates(loaded, payload))
 
 
 class Students:
@@ -52,7 +73,8 @@ class Students:
     ) -> None:
         store = SnapshotStore(root)
         self.models = tuple(check_name("model", model) for model in models)
-        # One thread: torch's own threads do the work, and two forwards side by side would only take turns.
+        # One thread scores: torch's own threads do the work, and two forwards side by side would only take turns.
+        # Another decodes and encodes the next request meanwhile, which is nearly as much work in a small model.
         self.queue = queue or Queue(config.limits.max_queue)
         load = partial(load_exported, config=config.compile)
         newest = partial(NewestFollower, store, poll_s=config.poll_s, load=load)
@@ -88,14 +110,14 @@ class Students:
         except SnapshotError:
             raise unavailable(f"student {model!r} has no version that can be served yet", 5) from None
 
-        def work() -> Scored:
+        def prepare() -> tuple[LoadedVersion, EncodedChunk]:
             try:
-                loaded = follower.current()
+                loaded = follower.current()  # kept to the request's end, whatever is swapped meanwhile
             except SnapshotError:
                 raise unavailable(f"student {model!r} has no version that can be served yet", 5) from None
-            return score_candidates(loaded, payload)
+            return loaded, prepare_candidates(loaded, payload)
 
-        return await self.queue.run(deadline, work)
+        return await self.queue.run_both(deadline, prepare, lambda prepared: score_prepared(*prepared))
 
     def close(self) -> None:
         """Stop following and scoring."""

@@ -125,3 +125,95 @@ def test_only_errors_about_the_request_are_told():
     assert problem_of(problem) is problem
     copy = pickle.loads(pickle.dumps(problem))
     assert (copy.status, copy.detail, copy.headers) == (429, "full", {"Retry-After": "2"})
+
+
+# -- two steps ------------------------------------------------------------------------------------------------------
+
+
+def test_one_request_is_prepared_while_another_is_worked_on():
+    queue, working, prepared = Queue(4), threading.Event(), threading.Event()
+    names = []
+
+    def work(value):
+        names.append(threading.current_thread().name)
+        working.set()
+        # The first is not over before the second was prepared.
+        assert prepared.wait(10)
+        return value + 1
+
+    def prepare_second():
+        names.append(threading.current_thread().name)
+        assert working.wait(10)
+        prepared.set()
+        return 20
+
+    async def main():
+        return await asyncio.gather(
+            queue.run_both(Deadline(10), lambda: 10, work), queue.run_both(Deadline(10), prepare_second, work)
+        )
+
+    assert run(main()) == [11, 21]
+    assert {name.rpartition("_")[0] for name in names} == {"rayfm-score", "rayfm-prepare"}
+    assert queue.taken == 0
+
+
+@pytest.mark.parametrize("step", ["prepare", "work"])
+def test_an_error_of_either_step_is_the_callers(step):
+    queue = Queue(1)
+
+    def fail(*_):
+        raise DataError("mine")
+
+    steps = {"prepare": lambda: 1, "work": lambda value: value, step: fail}
+    for _ in range(3):
+        with pytest.raises(DataError, match="mine"):
+            run(queue.run_both(Deadline(10), steps["prepare"], steps["work"]))
+    assert queue.taken == 0
+
+
+@pytest.mark.parametrize("step", ["prepare", "work"])
+def test_either_step_keeps_the_place_of_a_caller_who_gave_up(step):
+    queue, gate, worked = Queue(1), threading.Event(), []
+    steps = {"prepare": lambda: 1, "work": worked.append, step: lambda *_: gate.wait()}
+    with pytest.raises(Problem) as late:
+        run(queue.run_both(Deadline(0.5), steps["prepare"], steps["work"]))
+    assert late.value.status == 504
+    assert queue.taken == 1
+    gate.set()
+    until(lambda: queue.taken == 0)
+    assert worked == [], "what was prepared too late is not worked on"
+
+
+def test_a_caller_who_went_away_is_not_worked_for():
+    queue, gate, worked = Queue(2), threading.Event(), []
+
+    async def main():
+        request = asyncio.ensure_future(queue.run_both(Deadline(10), gate.wait, worked.append))
+        await asyncio.sleep(0.01)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        gate.set()
+
+    run(main())
+    until(lambda: queue.taken == 0)
+    assert worked == []
+
+
+def test_a_queue_that_closes_answers_those_who_wait():
+    queue, gate = Queue(3), threading.Event()
+
+    async def main():
+        busy = asyncio.ensure_future(queue.run_both(Deadline(10), gate.wait, lambda value: value))
+        waiting = asyncio.ensure_future(queue.run_both(Deadline(10), lambda: 1, lambda value: value))
+        await asyncio.sleep(0.05)
+        queue.close()
+        with pytest.raises(Problem, match="is stopping") as first:
+            await waiting
+        gate.set()
+        with pytest.raises(Problem, match="is stopping") as second:
+            await busy
+        return first.value.status, second.value.status
+
+    assert run(main()) == (503, 503)
+    assert queue.taken == 0

@@ -8,13 +8,14 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from rayfm.client.wire import TIMEOUT_HEADER
-from rayfm.serving.http.problems import Problem
+from rayfm.serving.http.problems import Problem, unavailable
 
 ResultT = TypeVar("ResultT")
+PreparedT = TypeVar("PreparedT")
 
 _SMOOTHING = 0.1
 """Weight of the newest request in the running mean of a request's seconds."""
@@ -78,7 +79,9 @@ class Queue:
         self._lock = threading.Lock()
         self._taken = 0
         self._mean_s = 0.0
+        self._closed = False
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="rayfm-score")
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="rayfm-prepare")
 
     @property
     def taken(self) -> int:
@@ -104,15 +107,50 @@ class Queue:
         Raises:
             Problem: the queue is full (429), or the deadline passed (504); and what ``work`` raises.
         """
-        started = self._take()
+        return await self._run(deadline, lambda: self._executor.submit(_in_time, deadline, work))
 
-        def begin() -> ResultT:
-            if deadline.passed:
-                raise too_late()
-            return work()
+    async def run_both(
+        self, deadline: Deadline, prepare: Callable[[], PreparedT], work: Callable[[PreparedT], ResultT]
+    ) -> ResultT:
+        """The result of ``work(prepare())``: a thread prepares the next request while another works on this one.
+
+        Worth it where ``work`` leaves Python to itself (a forward of torch), and what is before it is Python.
+
+        Raises:
+            Problem, and what either raises: as `run`.
+        """
+        done: Future[ResultT] = Future()
+        done.set_running_or_notify_cancel()  # what runs cannot be stopped: its place is free once it is over
+        gone = threading.Event()
+
+        def work_on(prepared: PreparedT) -> ResultT:
+            return _in_time(deadline, lambda: work(prepared), gone)
+
+        def then(preparing: Future[PreparedT]) -> None:
+            with _failing(done):
+                prepared = preparing.result()
+                if self._closed:
+                    raise CancelledError
+                self._executor.submit(work_on, prepared).add_done_callback(end)
+
+        def end(working: Future[ResultT]) -> None:
+            with _failing(done):
+                done.set_result(working.result())
+
+        def submit() -> Future[ResultT]:
+            self._preparing.submit(_in_time, deadline, prepare, gone).add_done_callback(then)
+            return done
 
         try:
-            future: Future[ResultT] = self._executor.submit(begin)
+            return await self._run(deadline, submit)
+        except asyncio.CancelledError:
+            gone.set()
+            raise
+
+    async def _run(self, deadline: Deadline, submit: Callable[[], Future[ResultT]]) -> ResultT:
+        started = self._take()
+        try:
+            future = submit()
         except BaseException:
             self._release(started)
             raise
@@ -124,6 +162,8 @@ class Queue:
 
     def close(self) -> None:
         """Begin nothing more."""
+        self._closed = True
+        self._preparing.shutdown(wait=False, cancel_futures=True)
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _take(self) -> float:
@@ -141,3 +181,21 @@ class Queue:
             share = seconds * self.threads / max(1, self._taken)
             self._mean_s += _SMOOTHING * (share - self._mean_s)
             self._taken -= 1
+
+
+def _in_time(deadline: Deadline, work: Callable[[], ResultT], gone: threading.Event | None = None) -> ResultT:
+    """``work()``, unless the deadline passed, or the caller went away, while it waited."""
+    if deadline.passed or (gone is not None and gone.is_set()):
+        raise too_late()
+    return work()
+
+
+@contextlib.contextmanager
+def _failing(done: Future[ResultT]) -> Iterator[None]:
+    """``done`` fails as the block does; a step that was given up says that the queue is closed."""
+    try:
+        yield
+    except CancelledError:
+        done.set_exception(unavailable("the service is stopping; try again", 1))
+    except BaseException as error:
+        done.set_exception(error)
