@@ -180,7 +180,7 @@ def check_yaml(page: Path) -> Iterator[str]:
             if page == generate.AUGMENT_PAGE:
                 validate(AugmentConfig, join | config, where)
                 continue
-            if page == generate.NEARLINE_PAGE:
+            if page == generate.NEARLINE_PAGE and "teachers" not in config:  # else it is of a pipeline
                 validate(NearLineConfig, near_line | config, where)
                 continue
             validate(PipelineConfig, config if _whole(config) else base | config, where)

@@ -19,6 +19,7 @@ from rayfm.models.histories import HistoryFeature
 from rayfm.pipeline.tune_config import TuneConfig
 from rayfm.schema import LOGGED_PREFIX, Schema
 from rayfm.serving.http.config import EndpointsConfig
+from rayfm.serving.nearline.config import NearLineSupervisionConfig
 from rayfm.training.calibration import CountsCalibration
 from rayfm.training.config import TrainingConfig
 from rayfm.training.lost_labels import LostLabels
@@ -56,6 +57,8 @@ class TeacherConfig(Config):
     """Last period that it trains on, if not ``schedule.teachers_through``: for the cost of a stale teacher."""
     label_considerations: bool = True
     """Whether considerations get labels too."""
+    near_line: NearLineSupervisionConfig | None = None
+    """Whether students take this teacher's near-line labels where its bulk labels say nothing; by default not."""
     store_representation: bool = False
     """Store the model's representation beside each label, for students' ``representation`` objectives: 4 bytes times
     its width a row."""

@@ -7,7 +7,6 @@ from rayfm.data.prepare import missing_periods
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.pipeline.plan import periods_to_label, teacher_key
 from rayfm.pipeline.stream import Pipeline
-from rayfm.serving.labelling import StoredLabels
 from rayfm.serving.teacher import TeacherHere
 from rayfm.training.spec import TrainerSpec
 from rayfm.training.trainer import fit_here
@@ -44,6 +43,6 @@ def run_here(config: PipelineConfig) -> Pipeline:
 
 
 def _train(pipeline: Pipeline, spec: TrainerSpec) -> None:
-    labels = StoredLabels(pipeline.labels.storage, pipeline.metadata, spec.name)
-    fit_here(spec, pipeline.coordinator(spec, prepare_timeout=0.0, alone=True), labels)
+    coordinator = pipeline.coordinator(spec, prepare_timeout=0.0, alone=True)
+    fit_here(spec, coordinator, pipeline.label_source(spec.name))
     pipeline.tickets.check()

@@ -43,6 +43,7 @@ from rayfm.pipeline.session import cluster_resources, ray_session
 from rayfm.pipeline.tickets import Tickets, TrainerTickets, check_order, metadata_path
 from rayfm.serving.application import start_teacher, stop_teacher
 from rayfm.serving.labelling import StoredLabels, history_spec, label_period
+from rayfm.serving.nearline.labels import NearLineLabels
 from rayfm.serving.teacher import TeacherServiceConfig
 from rayfm.snapshots.collect import Collector
 from rayfm.snapshots.load import SnapshotStore
@@ -135,9 +136,12 @@ class Pipeline:
 
     def train(self, spec: TrainerSpec, coordinator: TrainerTickets | None = None) -> None:
         """Train one group through all periods."""
-        labels = StoredLabels(self.labels.storage, self.metadata, spec.name)
-        fit(spec, coordinator or self.coordinator(spec), labels)
+        fit(spec, coordinator or self.coordinator(spec), self.label_source(spec.name))
         self.tickets.check()
+
+    def label_source(self, owner: str) -> StoredLabels:
+        """Look-ups of the run's labels, near-line ones included, for a trainer called ``owner``."""
+        return StoredLabels(self.labels.storage, self.metadata, owner, near_line=self.run_dir)
 
     def serve(self, teacher: str) -> Any:
         """Start a teacher's service; returns its handle."""
@@ -170,9 +174,13 @@ class Pipeline:
             timeout: seconds to wait for the snapshot that a period needs; by default as long as it takes.
 
         Raises:
-            LabelError: the snapshot did not come, or the label store refuses.
+            LabelError: the snapshot did not come, or the label store refuses; or there are no near-line labels such as
+                the config states.
         """
         key = teacher_key(self.config, teacher)
+        near_line, posted = self.config.teachers[teacher].near_line, NearLineLabels(self.run_dir)
+        if near_line is not None:  # what is stated wrongly is said before anybody waits for a snapshot
+            posted.pin(teacher, self.periods[0], near_line.table_version)
         for index, period in enumerate(self.periods):
             if index == 0 or (periods is not None and period not in periods):
                 continue
@@ -207,6 +215,9 @@ class Pipeline:
                 )
             finally:
                 stop()
+            if near_line is not None:
+                # In the ticket, so that all students read one version, whatever is labelled near-line meanwhile.
+                ticket["near_line"] = posted.pin(teacher, period, near_line.table_version)
             self.tickets.put("labelled", teacher, period, ticket)
 
     def _histories(self, teacher: str, index: int) -> None:
@@ -328,6 +339,9 @@ class Pipeline:
         for config in (before, now):
             for key in ("ray", "runs", "storage", "tune"):
                 config.pop(key, None)
+            # It counts for the periods that are labelled from now on; tickets hold what counts for the others.
+            for teacher in (config.get("teachers") or {}).values():
+                teacher.pop("near_line", None)
             # Where the labels lie belongs to the run; how they are reached does not.
             config["label_store"] = (config.get("label_store") or {}).get("root")
         key = ".".join(_first_difference(before, now))

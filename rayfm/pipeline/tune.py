@@ -38,7 +38,6 @@ from rayfm.pipeline.trial import (
     with_values,
 )
 from rayfm.pipeline.tune_config import Space, TuneConfig
-from rayfm.serving.labelling import StoredLabels
 from rayfm.training.spec import PinnedLabels, TrainerSpec
 
 ROOTS = ("students", "teachers", "groups", "schema", "consideration_share")
@@ -254,7 +253,7 @@ class Study:
         from ray import tune as ray_tune
         from ray.tune.schedulers import ASHAScheduler
 
-        source = StoredLabels(self.pipeline.labels.storage, self.pipeline.metadata, "tune")
+        source = self.pipeline.label_source("tune")
         spaces = self.spaces
 
         def trial(sampled: dict[str, Any]) -> None:
