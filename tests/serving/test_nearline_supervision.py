@@ -12,7 +12,7 @@ from example_store import every_feature_schema, write_store
 
 from rayfm.config import LabelError
 from rayfm.data.encode import Encoder
-from rayfm.data.reader import ArrowReader
+from rayfm.data.reader import ArrowReader, RayDataReader
 from rayfm.data.steps import ReadPlan
 from rayfm.data.store import ExampleStore
 from rayfm.labels.store import LabelStore
@@ -75,7 +75,7 @@ def lookup(root: Path, near: int | None, tasks: tuple[str, ...] = TASKS):
     return StoredLabels(root, near_line=root).lookup("fm", pinned(near), tasks)
 
 
-def read(root: Path, near: int | None) -> dict[int, tuple[list[float], list[bool]]]:
+def read(root: Path, near: int | None, by_ray: bool = False) -> dict[int, tuple[list[float], list[bool]]]:
     """Example id -> (values, mask) of the supervision that a student's batches hold."""
     columns = tuple(f"fm/{task}" for task in TASKS)
     encoder = Encoder(every_feature_schema(), supervision=columns)
@@ -83,7 +83,8 @@ def read(root: Path, near: int | None) -> dict[int, tuple[list[float], list[bool
         ExampleStore(root), tuple(encoder.columns), 16, columns, (lookup(root, near),), consideration_share=1.0
     )
     found = {}
-    for batch in ArrowReader(plan, encoder).batches(PERIOD):
+    reader = RayDataReader(plan, encoder, [PERIOD]) if by_ray else ArrowReader(plan, encoder)
+    for batch in reader.batches(PERIOD):
         parts = [batch.supervised(column) for column in columns]
         for row, example in enumerate(batch.example_id.tolist()):
             found[example] = [float(v[row]) for v, _ in parts], [bool(m[row]) for _, m in parts]
@@ -110,6 +111,14 @@ def test_a_student_reads_bulk_labels_where_they_stand_and_near_line_ones_elsewhe
         for example in ids_of(root, "consideration", lane).tolist():
             expected = ([0.75, 0.75], [True, True]) if example in posted else ([0.0, 0.0], [False, False])
             assert found[example] == expected
+
+
+@pytest.mark.ray
+def test_reading_tasks_fill_as_a_direct_reader_does(root, ray_session):
+    near = near_line(root, ids_of(root, "consideration", 1)[2:6])
+    direct = read(root, near)
+    assert sum(all(mask) for _, mask in direct.values()) == 38 + 4
+    assert read(root, near, by_ray=True) == direct
 
 
 def test_without_it_nothing_changes(root):
