@@ -45,7 +45,10 @@ def served(fresh_ray, tmp_path):
         run="served",
         root=str(tmp_path),
         students=STUDENTS,
-        teachers=(TeacherPlan(name="fm", model=TEACHER),),
+        teachers=(
+            TeacherPlan(name="fm", model=TEACHER),
+            TeacherPlan(name="gang", model=TEACHER, cpus=0.1, members=2, member_cpus=0.1, row_wise_from=60),
+        ),
         endpoints=EndpointsConfig(
             http_port=free_port(),
             grpc_port=free_port(),
@@ -69,27 +72,33 @@ def test_endpoints_on_ray_serve(served):
 
     with Client(url, TOKEN) as arrow, Client(url, TOKEN, arrow=False) as json:
         until(lambda: arrow.ready()["ready"])
-        assert arrow.ready() == {"ready": True, "models": dict.fromkeys(STUDENTS, "v1"), "teachers": {"fm": "v1"}}
+        teachers = dict.fromkeys(("fm", "gang"), "v1")
+        assert arrow.ready() == {"ready": True, "models": dict.fromkeys(STUDENTS, "v1"), "teachers": teachers}
         grpc = GrpcClient(f"127.0.0.1:{config.grpc_port}", TOKEN, application=endpoints_name("served"))
         for client in (arrow, json, grpc):
             for name in STUDENTS:
                 scored = client.score(name, USER, CANDIDATES)
                 assert scored.version == "v1"
                 np.testing.assert_allclose(scored.predictions["click"].to_numpy(), expected[name], rtol=1e-5, atol=1e-6)
-            scored = client.score_teacher("fm", ROWS.drop_columns(["click", "watch"]))
-            assert scored.version == "v1"
-            np.testing.assert_allclose(scored.predictions["click"].to_numpy(), taught, rtol=1e-5, atol=1e-6)
-        assert "representation" in arrow.score_teacher("fm", ROWS, "v1", representation=True).predictions.column_names
+            for name in teachers:
+                scored = client.score_teacher(name, ROWS.drop_columns(["click", "watch"]))
+                assert scored.version == "v1"
+                np.testing.assert_allclose(scored.predictions["click"].to_numpy(), taught, rtol=1e-5, atol=1e-6)
+        for name in teachers:
+            scored = arrow.score_teacher(name, ROWS, "v1", representation=True)
+            assert "representation" in scored.predictions.column_names
 
         for client in (arrow, grpc):
             with pytest.raises(InvalidRequest, match="lacks column 'tags'"):
                 client.score(STUDENTS[0], USER, CANDIDATES.drop_columns(["tags"]))
-            with pytest.raises(InvalidRequest, match="row 2: column 'user' holds a negative id"):
-                client.score_teacher("fm", WRONG)
+            for name in teachers:
+                with pytest.raises(InvalidRequest, match="row 2: column 'user' holds a negative id"):
+                    client.score_teacher(name, WRONG)
             with pytest.raises(NotFound, match="no student"):
                 client.score("vm.other.1", USER, CANDIDATES)
-            with pytest.raises(NotFound, match="has no version 'v9'"):
-                client.score_teacher("fm", ROWS, version="v9")
+            for name in teachers:
+                with pytest.raises(NotFound, match="has no version 'v9'"):
+                    client.score_teacher(name, ROWS, version="v9")
         with Client(url) as nobody, pytest.raises(Unauthorized):
             nobody.score(STUDENTS[0], USER, CANDIDATES)
         stranger = GrpcClient(f"127.0.0.1:{config.grpc_port}", "wrong", application=endpoints_name("served"))
@@ -99,19 +108,20 @@ def test_endpoints_on_ray_serve(served):
         pages = httpx.get(f"{url}/openapi.json", headers={"authorization": f"Bearer {TOKEN}"}).json()["paths"]
         assert "/v1/models/{model}:score" in pages
 
-        _swap_under_load(root, arrow, expected[STUDENTS[0]])
+        _swap_under_load(root, arrow, expected[STUDENTS[0]], taught)
         grpc.close()
 
 
-def _swap_under_load(root, client, first) -> None:
-    """New versions of a student and of the teacher while both answer: no failed request, and replies of one version."""
-    stop, errors, students, teachers = threading.Event(), [], [], []
+def _swap_under_load(root, client, first, taught) -> None:
+    """New versions of a student and of the teacher while all answer: no failed request, and replies of one version."""
+    stop, errors, students, teachers, gang = threading.Event(), [], [], [], []
 
     def ask() -> None:
         while not stop.is_set():
             try:
                 students.append(client.score(STUDENTS[0], USER, CANDIDATES))
                 teachers.append(client.score_teacher("fm", ROWS).version)
+                gang.append(client.score_teacher("gang", ROWS))
             except Exception as error:
                 errors.append(error)
 
@@ -119,12 +129,15 @@ def _swap_under_load(root, client, first) -> None:
     thread.start()
     until(lambda: len(teachers) > 2)
     after = publish_model(root, STUDENTS[0], "v2", 7)
-    publish_model(root, TEACHER, "v2", 8)
-    until(lambda: errors or ("v2" in teachers and students[-1].version == "v2"))
+    taught = {"v1": taught, "v2": predictions(publish_model(root, TEACHER, "v2", 8), ROWS)["click"]}
+    until(lambda: errors or ("v2" in teachers and students[-1].version == gang[-1].version == "v2"))
     stop.set()
     thread.join()
     assert not errors
-    assert set(teachers) == {"v1", "v2"}
+    assert set(teachers) == {scored.version for scored in gang} == {"v1", "v2"}
+    for scored in gang:
+        found = scored.predictions["click"].to_numpy()
+        np.testing.assert_allclose(found, taught[scored.version], rtol=1e-5, atol=1e-6)
     expected = {"v1": first, "v2": predictions(after, as_examples(USER, CANDIDATES))["click"]}
     assert np.abs(expected["v1"] - expected["v2"]).max() > 0.01
     for scored in students:
