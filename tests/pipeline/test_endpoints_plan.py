@@ -35,6 +35,14 @@ def test_a_run_serves_all_its_models(tmp_path):
     open_metadata(plan.endpoints.metadata)
 
 
+def test_a_teacher_of_several_members_is_served_by_gangs(tmp_path):
+    gang = {"members": 3, "member_cpus": 0.5, "member_gpus": 1, "row_wise_from": 7}
+    plan = plan_endpoints(run_of(tmp_path, "fm.teacher.0", serving={"replicas": 2, "cpus": 0.1, **gang}))
+    (teacher,) = plan.teachers
+    assert {name: getattr(teacher, name) for name in gang} == gang
+    assert plan.needs()[1] == ("teacher fm (2 x (0.1 + 3 x 0.5))", pytest.approx(3.2), 6.0)
+
+
 def test_or_those_that_are_named(tmp_path):
     store = "zookeeper://zk:2181"
     config = run_of(tmp_path, endpoints={"students": ["vm.direct.1"], "teachers": [], "metadata": store})
