@@ -116,6 +116,25 @@ def test_overwrite_clears_also_where_the_run_kept_its_labels_before(tmp_path):
     assert load_config(elsewhere.run_dir / "config.yaml").label_store is None
 
 
+def test_labels_that_cannot_be_cleared_keep_the_runs_folder(tmp_path, monkeypatch):
+    """Without its folder, what is left of the labels could be taken for a new run's."""
+    config = small_pipeline(tmp_path, label_store=str(tmp_path / "shared"))
+    Pipeline(config).open(resume=False, overwrite=False)
+    mark(config.label_storage)
+
+    def refuse(storage: Storage) -> None:
+        raise LabelError("no access")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "clear", refuse)
+        with pytest.raises(LabelError, match="no access"):
+            Pipeline(config).open(resume=False, overwrite=True)
+    with pytest.raises(ConfigError, match="holds a run"):
+        Pipeline(config).open(resume=False, overwrite=False)
+    Pipeline(config).open(resume=False, overwrite=True)
+    assert not config.label_storage.stands()
+
+
 def test_labels_of_a_run_whose_folder_is_elsewhere_are_not_taken_up(tmp_path):
     config = small_pipeline(tmp_path, label_store=str(tmp_path / "shared"))
     mark(config.label_storage)
