@@ -18,6 +18,7 @@ from rayfm.models.base import MODELS, ModelConfig
 from rayfm.models.histories import HistoryFeature
 from rayfm.pipeline.tune_config import TuneConfig
 from rayfm.schema import LOGGED_PREFIX, Schema
+from rayfm.serving.gang.gpus import check_member_gpus
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.nearline.config import NearLineSupervisionConfig
 from rayfm.training.calibration import CountsCalibration
@@ -157,6 +158,8 @@ class ServingConfig(Config):
     def _gang(self) -> ServingConfig:
         if self.members > 1 and self.http_port is not None:
             raise ValueError("http_port goes with members: 1; a gang is asked through its handle, or `rayfm serve`")
+        if self.members > 1:
+            check_member_gpus(self.member_gpus)
         return self
 
 

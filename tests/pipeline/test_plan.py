@@ -274,3 +274,7 @@ def test_a_gang_counts_its_members(tmp_path):
     assert service.cpus == pytest.approx(3.2)
     with pytest.raises(ValueError, match="http_port goes with members: 1"):
         small_pipeline(tmp_path, serving={"members": 2, "http_port": 8000})
+    for gpus in (0.5, 2):
+        with pytest.raises(ValueError, match="a member has a GPU of its own"):
+            small_pipeline(tmp_path, serving={"members": 2, "member_gpus": gpus})
+    small_pipeline(tmp_path, serving={"members": 2, "member_gpus": 1})

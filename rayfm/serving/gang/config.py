@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from rayfm.serving.gang.gpus import check_member_gpus
 from rayfm.serving.teacher import TeacherServiceConfig
 
 
@@ -26,12 +27,3 @@ class GangConfig(TeacherServiceConfig):
                 "store (endpoints.metadata), or serve the teacher with serving.members: 1"
             )
         return self
-
-
-def check_member_gpus(gpus: float) -> None:
-    """Raises ValueError where members would have to share a GPU, or have several."""
-    if gpus not in (0.0, 1.0):
-        raise ValueError(
-            f"member_gpus: {gpus:g}; a member has a GPU of its own (1), since NCCL joins no two processes on one, or "
-            "none (0)"
-        )
