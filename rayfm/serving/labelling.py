@@ -28,6 +28,7 @@ from rayfm.labels.store import LabelStore
 from rayfm.models.base import MODELS
 from rayfm.models.histories import HistoryFeature
 from rayfm.schema import EXAMPLE_ID, TRAFFIC, WEIGHTS_SUFFIX, Kind, Schema
+from rayfm.serving.gang.gang import GangBroken
 from rayfm.serving.nearline.supervision import FilledLookup
 from rayfm.serving.teacher import TeacherHere
 from rayfm.snapshots.load import SnapshotStore
@@ -92,8 +93,8 @@ def score_lane(
 
 
 def _result(response: Any, ask_again: Callable[[], Any]) -> tuple[str, pa.Table]:
-    """What the service answers. A replica that dies takes its requests with it; Ray Serve leaves it to the caller to
-    ask again, which scoring allows: it changes nothing.
+    """What the service answers. A replica that dies, or a gang that breaks, takes its requests with it; Ray Serve
+    leaves it to the caller to ask again, which scoring allows: it changes nothing.
 
     Raises:
         CapacityError: several replicas in a row died, or none came back.
@@ -105,7 +106,7 @@ def _result(response: Any, ask_again: Callable[[], Any]) -> tuple[str, pa.Table]
         try:
             found: tuple[str, pa.Table] = response.result()
             return found
-        except (RayActorError, DeploymentUnavailableError) as error:
+        except (RayActorError, DeploymentUnavailableError, GangBroken) as error:
             if pause_s is None:
                 raise CapacityError(
                     f"the teacher's service was asked {len(ASK_AGAIN_S) + 1} times, and its replica died each time "

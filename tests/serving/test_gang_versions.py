@@ -16,6 +16,7 @@ from example_store import every_feature_rows
 from served_models import publish_model
 
 from rayfm.config import CapacityError, ConfigError, DataError, SnapshotError
+from rayfm.serving import labelling
 from rayfm.serving.application import start_teacher
 from rayfm.serving.endpoints import EndpointsPlan, ServedTeacher, TeacherPlan, check_room, start_endpoints
 from rayfm.serving.gang import service as service_module
@@ -23,7 +24,8 @@ from rayfm.serving.gang.gang import GangBroken, MemberLost
 from rayfm.serving.gang.service import GangTeacherService
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.problems import Problem
-from rayfm.serving.teacher import TeacherServiceConfig
+from rayfm.serving.nearline.labeller import is_lasting
+from rayfm.serving.teacher import Answer, TeacherServiceConfig
 from rayfm.snapshots import Collector, SnapshotStore, load_failures, open_metadata, read_current, refusals
 
 MODEL = "fm.teacher.0"
@@ -371,15 +373,34 @@ def test_what_ray_could_never_place_is_refused_with_the_arithmetic(tmp_path):
     check_room(plan(tmp_path, replicas=2, cpus=0.25), 1.0)
 
 
-def test_a_broken_gang_is_unavailable_to_callers_from_outside(monkeypatch):
+def told_by_ray() -> Exception:
+    """A broken gang's error as Ray hands it to callers."""
     from ray.exceptions import RayTaskError
 
+    error: Exception = RayTaskError("score", "trace", GangBroken("gang of fm: gone; ask again")).as_instanceof_cause()
+    return error
+
+
+def test_jobs_ask_another_gang(monkeypatch):
+    monkeypatch.setattr("rayfm.serving.labelling.ASK_AGAIN_S", (0.0,))
+    answer = ("v1", ROWS)
+
+    class Broken:
+        def result(self) -> Any:
+            raise told_by_ray()
+
+    assert labelling._result(Broken(), lambda: Answer(answer)) == answer
+    with pytest.raises(CapacityError, match="asked 2 times"):
+        labelling._result(Broken(), Broken)
+    assert not is_lasting(told_by_ray()), "rows that were posted are tried again"
+
+
+def test_a_broken_gang_is_unavailable_to_callers_from_outside(monkeypatch):
     class Handle:
         class score_request:
             @staticmethod
             async def remote(*_arguments: Any) -> None:
-                cause = GangBroken("gang of fm: gone; ask again")
-                raise RayTaskError("score_request", "", cause).as_instanceof_cause()
+                raise told_by_ray()
 
     monkeypatch.setattr("rayfm.serving.endpoints.teacher_handle", lambda *_: Handle)
     with pytest.raises(Problem) as problem:
