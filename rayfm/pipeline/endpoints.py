@@ -19,6 +19,7 @@ from rayfm.pipeline.session import ray_session
 from rayfm.pipeline.tickets import metadata_path
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.token import check_bind, read_token
+from rayfm.serving.production import enable_production, limit_messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +129,9 @@ def serve(
     token = read_token(endpoints)
     check_bind(endpoints, token, production)
     plan = plan_endpoints(config)
+    if endpoints.grpc_port is not None:
+        limit_messages(endpoints.limits.max_body_bytes)
     if production:
-        from rayfm.serving.production import enable_production
-
         enable_production(config.ray.address)
     with ray_session(config.ray):
         from rayfm.serving.endpoints import endpoints_name, start_endpoints, stop_endpoints

@@ -30,7 +30,7 @@ def application_name(run: str, teacher: str) -> str:
 
 def check_port(host: str, port: int) -> None:
     """Raises CapacityError where a port cannot be bound."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

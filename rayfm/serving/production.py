@@ -1,4 +1,5 @@
-"""Ray Serve's HAProxy, which carries far more requests than its own proxy; chosen before Ray Serve is loaded."""
+"""What Ray Serve's proxies read from their environment, chosen before Ray starts: HAProxy, which carries far more
+requests than Serve's own proxy, and how large a gRPC message may be."""
 
 from __future__ import annotations
 
@@ -16,6 +17,18 @@ FIREWALL = (
     "(gRPC: 40000 and up) on endpoints.host: let other machines reach the HTTP port alone (and the gRPC port where it "
     "is used), and close the rest"
 )
+
+
+GRPC_MESSAGE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
+"""Ray reads it in the proxies' processes; 2 GiB by default, which a proxy holds before anybody looks at the token."""
+
+SMALLEST_MESSAGE = 64 * 2**20
+"""Replies pass there too: representations are wide."""
+
+
+def limit_messages(max_body_bytes: int) -> None:
+    """Bound the gRPC messages that proxies of the Ray that this process starts next take; an operator's own stands."""
+    os.environ.setdefault(GRPC_MESSAGE, str(max(SMALLEST_MESSAGE, 2 * max_body_bytes)))
 
 
 def enable_production(address: str | None = None) -> None:

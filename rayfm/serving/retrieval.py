@@ -32,8 +32,8 @@ from rayfm.models.fm import ProductHeads
 from rayfm.models.two_tower import TwoTower
 from rayfm.schema import EXAMPLE_ID, TRAFFIC, WEIGHTS_SUFFIX
 from rayfm.serving.catalogue import latest_items, read_catalogue
-from rayfm.serving.http.app import NAME, RESPONSES, score_operation
-from rayfm.serving.http.codecs import Payload, encode, media_of, reply_headers, reply_media
+from rayfm.serving.http.app import NAME, RESPONSES, read_body, reply, score_operation
+from rayfm.serving.http.codecs import Payload, media_of
 from rayfm.serving.http.config import LimitsConfig
 from rayfm.serving.http.problems import Problem
 from rayfm.serving.http.queue import Deadline, Queue
@@ -101,6 +101,9 @@ class ItemIndex:
         weights = self._weights(task)
         user_V = self._user_vector(user)
         query_V, bias = _query(_two_tower(self.loaded), _calibration(self.loaded), user_V, weights)
+        # FAISS finds nothing for what is no number, which would look like an empty catalogue.
+        if not torch.isfinite(query_V).all():
+            raise DataError("the user's vector is not finite; the user's features are out of all proportion")
         left_out = _left_out(exclude, self.ids.type)
         found = k + (0 if left_out is None else len(left_out))
         products_1K, rows_1K = self.index.search(query_V.numpy()[None], found)
@@ -400,15 +403,13 @@ def retrieve_router(retrievers: Mapping[str, Retriever], limits: LimitsConfig, q
             raise Problem(404, f"no retrieval by {model[:80]!r}{nearest(model[:80], list(retrievers))}")
         deadline = Deadline.of_header(request.headers.get(TIMEOUT_HEADER), limits.timeout_s)
         media = media_of(request.headers.get("content-type"), request.headers.get("content-encoding"))
-        payload = Payload(await request.body(), media, limits)
+        payload = Payload(await read_body(request, deadline), media, limits)
 
         def work() -> Scored:
             user, exclude = payload.retrieval()
             found = retriever.retrieve(user, k, exclude, task)
             return Scored(found.version, pa.table({"id": found.ids, "score": pa.array(found.scores)}))
 
-        scored = await queue.run(deadline, work)
-        media = reply_media(request.headers.get("accept"), payload.media)
-        return Response(encode(scored, media), 200, reply_headers(scored.version), media)
+        return await reply(request, payload, await queue.run(deadline, work), deadline)
 
     return router

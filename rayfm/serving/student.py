@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -103,8 +104,9 @@ class Students:
             raise Problem(404, f"no student {model[:80]!r} is served{nearest(model[:80], list(self.models))}")
         slot = self._shelf.get(model)
         try:
-            # Shielded: others wait for the same load.
-            follower = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(slot)), deadline.left)
+            # Shielded: others wait for the same load. With a place: each waits with its body in memory.
+            with self.queue.place() if not slot.done() else contextlib.nullcontext():
+                follower = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(slot)), deadline.left)
         except TimeoutError:
             raise too_late() from None
         except SnapshotError:

@@ -2,23 +2,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 
 import numpy as np
 import pytest
+import servers
 from example_store import every_feature_rows
 from served_models import LocalTeacher, as_examples, candidate_rows, predictions, publish_model, user_row
 
 from rayfm.client.wire import ARROW, Scored, write_stream, write_streams
 from rayfm.config import ConfigError, DataError, SnapshotError
 from rayfm.export.config import CompileConfig
+from rayfm.serving.application import check_port
 from rayfm.serving.backend import ScoringBackend
 from rayfm.serving.endpoints import EndpointsPlan, endpoints_name, start_endpoints
 from rayfm.serving.http.codecs import Payload
 from rayfm.serving.http.config import EndpointsConfig, LimitsConfig
 from rayfm.serving.http.problems import Problem
 from rayfm.serving.http.queue import Deadline
-from rayfm.serving.production import HA_PROXY, enable_production
+from rayfm.serving.production import GRPC_MESSAGE, HA_PROXY, enable_production, limit_messages
 from rayfm.serving.student import Students
 
 STUDENT, TEACHER = "vm.direct.1", "fm.teacher.0"
@@ -158,3 +161,20 @@ def test_production_has_to_come_before_ray_serve(monkeypatch):
     enable_production()
     assert os.environ[HA_PROXY] == "1"
     enable_production("ray://cluster")
+
+
+def test_messages_of_grpc_are_bounded_unless_an_operator_said_otherwise(monkeypatch):
+    monkeypatch.delenv(GRPC_MESSAGE, raising=False)
+    limit_messages(100 * 2**20)
+    assert os.environ[GRPC_MESSAGE] == str(200 * 2**20)
+    limit_messages(1)
+    assert os.environ[GRPC_MESSAGE] == str(200 * 2**20)
+    monkeypatch.setenv(GRPC_MESSAGE, "5")
+    limit_messages(1)
+    assert os.environ[GRPC_MESSAGE] == "5"
+
+
+def test_ports_are_tried_in_both_families():
+    check_port("127.0.0.1", servers.free_port())
+    if socket.has_ipv6:
+        check_port("::1", servers.free_port())

@@ -102,7 +102,7 @@ def test_refusals_are_typed(client):
     with pytest.raises(NotFound, match="no student"):
         client.score("other", USER, CANDIDATES)
     with pytest.raises(NotFound, match="has no version"):
-        client.score_teacher("fm", every_feature_rows(5, seed=1), version="../v1")
+        client.score_teacher("fm", every_feature_rows(5, seed=1), version="v9")
     with pytest.raises(InvalidRequest, match="lacks column 'tags'"):
         client.score(STUDENT, USER, CANDIDATES.drop_columns(["tags"]))
     with pytest.raises(InvalidRequest, match="more than 50 rows"):
@@ -115,7 +115,7 @@ def test_malformed_tables_are_refused(client):
     for user, candidates in ((b"", b""), (b"x" * 99, b"y"), (b"\xff" * 64, b"\xff" * 64)):
         request = scoring_pb2.ScoreStudentRequest(model=STUDENT, user=user, candidates=candidates)
         with pytest.raises(InvalidRequest, match="Arrow IPC"):
-            client._call(client._stub.ScoreStudent, request, None)
+            client._score(client._stub.ScoreStudent, request, None)
 
 
 def test_a_full_queue_says_when_to_come_again(server, client, monkeypatch):
@@ -147,3 +147,13 @@ def test_deadlines_and_failures_have_their_codes(server, client, monkeypatch):
     with pytest.raises(Exception, match="its log has the reason") as failed:
         client.score(STUDENT, USER, CANDIDATES)
     assert "secret" not in str(failed.value)
+
+
+def test_names_are_checked_as_paths_are(client):
+    for name in ("../vm", "a" * 129, ""):
+        with pytest.raises(InvalidRequest, match="is no name; use letters"):
+            client.score(name, USER, CANDIDATES)
+        with pytest.raises(InvalidRequest, match="is no name; use letters"):
+            client.score_teacher(name, every_feature_rows(2, seed=1))
+    with pytest.raises(InvalidRequest, match=r"version 'v1/\.\./v2' is no name"):
+        client.score_teacher("fm", every_feature_rows(2, seed=1), version="v1/../v2")

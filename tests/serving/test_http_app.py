@@ -269,3 +269,24 @@ def test_a_caller_that_leaves_is_not_an_error(echo):
 
     assert asyncio.run(main()) == []
     assert cancelled == ["m"]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(echo):
+    """Neither for ever, nor in a place of those that score."""
+    app = create_app(echo, LIMITS)
+    sent = []
+
+    async def never():
+        await asyncio.sleep(3600)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-type", ARROW.encode()), (TIMEOUT_HEADER.encode(), b"50")]
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/models/m:score", "raw_path": b"", "query_string": b"",
+        "headers": headers, "root_path": "", "scheme": "http", "http_version": "1.1", "client": None, "server": None,
+    }  # fmt: skip
+    asyncio.run(asyncio.wait_for(app(scope, never, send), 10))
+    assert sent[0]["status"] == 504
+    assert echo.asked == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from rayfm.client.wire import ARROW, JSON, Scored, to_row, to_table, write_stream, write_streams
 from rayfm.config import DataError
-from rayfm.serving.http.codecs import Payload, check_finite, encode, media_of, reply_media
+from rayfm.serving.http.codecs import MAX_JSON_VALUES, Payload, check_finite, encode, media_of, reply_media
 from rayfm.serving.http.config import LimitsConfig
 from rayfm.serving.http.problems import Problem
 
@@ -237,3 +238,33 @@ def test_mappings_become_tables():
     assert to_row({"user": 7, "history": ["a"]}).to_pylist() == [{"user": 7, "history": ["a"]}]
     assert to_table({"ad": ["a", "b"]}).num_rows == 2
     assert to_table(CANDIDATES) is CANDIDATES
+
+
+def test_many_columns_are_checked_in_one_go():
+    """A body of some hundred kilobytes must not hold the scoring thread: what is checked grows with its length."""
+    names = [f"c{number}" for number in range(200_000)]
+    twice = ", ".join(f'"{name}": 1' for name in [*names, names[-1]])
+    begin = time.process_time()
+    with pytest.raises(DataError, match="'c199999' stands twice"):
+        text(f'{{"rows": {{{twice}}}}}'.encode()).rows()
+    many = write_stream(pa.table([pa.nulls(1)] * 10_001, [f"c{number}" for number in range(10_001)]))
+    with pytest.raises(DataError, match="a table has 10001 columns"):
+        arrow(many).rows()
+    assert time.process_time() - begin < 30  # quadratic, it takes many minutes
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4096, 10_000])
+def test_json_replies_hold_every_row(rows):
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(2 * rows, dtype=np.float32)), 2)
+    table = pa.table({"click": pa.array(np.arange(rows) / 8, pa.float32()), "représentation": vectors})
+    assert json.loads(encode(Scored("v1", table), JSON)) == {"version": "v1", "predictions": table.to_pydict()}
+
+
+def test_json_replies_are_limited():
+    table = pa.table(
+        {"click": pa.nulls(MAX_JSON_VALUES // 2 + 1, pa.float32()), "like": pa.nulls(MAX_JSON_VALUES // 2 + 1)}
+    )
+    with pytest.raises(Problem, match="more than 1000000 numbers; ask for application/vnd") as refused:
+        encode(Scored("v1", table), JSON)
+    assert refused.value.status == 413
+    assert encode(Scored("v1", table), ARROW)

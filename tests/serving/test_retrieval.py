@@ -183,6 +183,14 @@ def test_bad_requests_say_what_is_wrong(catalogue: Path, user: pa.Table, k: int,
         index.retrieve(user, k, task=task)
 
 
+def test_a_user_without_a_finite_vector_is_refused(catalogue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index finds nothing for it, as for an empty catalogue."""
+    index = build_items(loaded(), config(catalogue))
+    monkeypatch.setattr(index, "_user_vector", lambda user: torch.full((8,), float("nan")))
+    with pytest.raises(DataError, match="the user's vector is not finite"):
+        index.retrieve(USER, 5)
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [

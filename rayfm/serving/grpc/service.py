@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import grpc
 
 from rayfm.client.proto import scoring_pb2
 from rayfm.client.wire import ARROW, TIMEOUT_HEADER, Scored, write_stream
-from rayfm.serving.http.app import Backend
+from rayfm.serving.http.app import NAME, Backend
 from rayfm.serving.http.codecs import Payload
 from rayfm.serving.http.config import LimitsConfig
 from rayfm.serving.http.problems import Problem, problem_of
@@ -59,6 +60,7 @@ class ScoringService:
         """``ScoreStudent``."""
 
         async def score(deadline: Deadline) -> Scored:
+            _check_names(model=request.model)
             payload = self._payload(request.user + request.candidates)
             return await self.backend.score_student(request.model, payload, deadline)
 
@@ -68,6 +70,7 @@ class ScoringService:
         """``ScoreTeacher``."""
 
         async def score(deadline: Deadline) -> Scored:
+            _check_names(teacher=request.teacher, **({"version": request.version} if request.version else {}))
             payload = self._payload(request.rows)
             version = request.version or None
             return await self.backend.score_teacher(request.teacher, payload, deadline, version, request.representation)
@@ -97,3 +100,10 @@ class ScoringService:
                 before = list(context.trailing_metadata() or ())
                 context.set_trailing_metadata([*before, ("retry-after", problem.headers["Retry-After"])])
             return scoring_pb2.ScoreReply()
+
+
+def _check_names(**names: str) -> None:
+    """As the paths of HTTP are checked. Raises Problem (400)."""
+    for what, name in names.items():
+        if not re.fullmatch(NAME, name):
+            raise Problem(400, f"{what} {name[:80]!r} is no name; use letters, digits, '.', '_' and '-', at most 128")

@@ -6,6 +6,7 @@ problem details hold for it too.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Protocol
 
@@ -20,7 +21,7 @@ from rayfm.client.wire import ARROW, JSON, PROBLEM, TIMEOUT_HEADER, VERSION_HEAD
 from rayfm.serving.http.codecs import Payload, encode, media_of, reply_headers, reply_media
 from rayfm.serving.http.config import LimitsConfig
 from rayfm.serving.http.problems import Problem, problem_of
-from rayfm.serving.http.queue import Deadline
+from rayfm.serving.http.queue import Deadline, too_late
 from rayfm.serving.http.token import TokenCheck
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$"
@@ -194,17 +195,42 @@ def score_operation(
     }
 
 
+async def read_body(request: Request, deadline: Deadline) -> bytes:
+    """A request's body.
+
+    Raises:
+        Problem: it has not come before the deadline (504).
+    """
+    try:
+        return await asyncio.wait_for(request.body(), deadline.left)
+    except TimeoutError:
+        raise too_late() from None
+
+
+async def reply(request: Request, payload: Payload, scored: Scored, deadline: Deadline) -> Response:
+    """The answer in the form that the caller takes.
+
+    Raises:
+        Problem: too much for JSON (413), or it is not ready before the deadline (504).
+    """
+    media = reply_media(request.headers.get("accept"), payload.media)
+    if media == ARROW:  # a copy
+        body = encode(scored, media)
+    else:
+        try:
+            body = await asyncio.wait_for(asyncio.to_thread(encode, scored, media), deadline.left)
+        except TimeoutError:
+            raise too_late() from None
+    return Response(body, 200, reply_headers(scored.version), media)
+
+
 def _score_routes(backend: Backend, limits: LimitsConfig) -> APIRouter:
     router = APIRouter(tags=["score"], responses=RESPONSES)
 
     async def read(request: Request) -> tuple[Payload, Deadline]:
         deadline = Deadline.of_header(request.headers.get(TIMEOUT_HEADER), limits.timeout_s)
         media = media_of(request.headers.get("content-type"), request.headers.get("content-encoding"))
-        return Payload(await request.body(), media, limits), deadline
-
-    def reply(request: Request, payload: Payload, scored: Scored) -> Response:
-        media = reply_media(request.headers.get("accept"), payload.media)
-        return Response(encode(scored, media), 200, reply_headers(scored.version), media)
+        return Payload(await read_body(request, deadline), media, limits), deadline
 
     @router.post(
         "/v1/models/{model}:score",
@@ -218,7 +244,7 @@ def _score_routes(backend: Backend, limits: LimitsConfig) -> APIRouter:
     ) -> Response:
         """Score up to 10,000 candidates of one user; the user's features are sent once."""
         payload, deadline = await read(request)
-        return reply(request, payload, await backend.score_student(model, payload, deadline))
+        return await reply(request, payload, await backend.score_student(model, payload, deadline), deadline)
 
     @router.post(
         "/v1/teachers/{teacher}:score",
@@ -233,7 +259,8 @@ def _score_routes(backend: Backend, limits: LimitsConfig) -> APIRouter:
     ) -> Response:
         """Score rows with a teacher."""
         payload, deadline = await read(request)
-        return reply(request, payload, await backend.score_teacher(teacher, payload, deadline, version, representation))
+        scored = await backend.score_teacher(teacher, payload, deadline, version, representation)
+        return await reply(request, payload, scored, deadline)
 
     return router
 

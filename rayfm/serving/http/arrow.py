@@ -9,6 +9,7 @@ all), and types that no feature has are refused, among them extension types, who
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +22,19 @@ from rayfm.serving.http.problems import Problem
 _MESSAGE_HEADER = 2
 _BATCH_LENGTH, _BATCH_COMPRESSION = 0, 3
 _DICTIONARY_BATCH = 1
+
+MAX_COLUMNS = 10_000
+"""Columns of a table, in whatever form."""
+
+
+def repeated(names: Sequence[str]) -> str | None:
+    """The first name that stands twice."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def read_streams(body: bytes, count: int, max_rows: int, limits: LimitsConfig) -> list[pa.Table]:
@@ -81,9 +95,12 @@ def _inspect(source: pa.BufferReader, max_rows: int) -> None:
 def _decode(source: pa.BufferReader, limits: LimitsConfig) -> pa.Table:
     reader = pa.ipc.open_stream(source)
     names = reader.schema.names
+    if len(names) > MAX_COLUMNS:
+        raise DataError(f"a table has {len(names)} columns")
+    twice = repeated(names)
+    if twice is not None:
+        raise DataError(f"column {twice!r} stands twice; send it once")
     for field in reader.schema:
-        if names.count(field.name) > 1:
-            raise DataError(f"column {field.name!r} stands twice; send it once")
         if not _is_allowed(field.type):
             raise DataError(f"column {field.name!r} has type {field.type}, which no feature has")
     batches = []

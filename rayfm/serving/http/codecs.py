@@ -13,12 +13,15 @@ import pyarrow as pa
 
 from rayfm.client.wire import ARROW, JSON, VERSION_HEADER, Scored, write_stream
 from rayfm.config import DataError, nearest
-from rayfm.serving.http.arrow import check_values, read_streams
+from rayfm.serving.http.arrow import MAX_COLUMNS, check_values, read_streams, repeated
 from rayfm.serving.http.config import LimitsConfig
 from rayfm.serving.http.problems import Problem
 
-MAX_COLUMNS = 10_000
-"""Columns of a JSON table; an Arrow one is bounded by its schema's bytes."""
+MAX_JSON_VALUES = 1_000_000
+"""Numbers of a JSON reply: some seconds of one core. Arrow has no such limit."""
+
+_JSON_ROWS = 4096
+"""Rows that are turned to text at once: other threads have a turn between."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +126,18 @@ def reply_media(accept: str | None, request_media: str) -> str:
 
 
 def encode(scored: Scored, media: str) -> bytes:
-    """A reply's bytes."""
+    """A reply's bytes. JSON of many rows takes long: away from the event loop.
+
+    Raises:
+        Problem: too much for JSON (413).
+    """
+    table = scored.predictions
     if media == ARROW:
-        return write_stream(scored.predictions, scored.version)
-    predictions = {name: _values(scored.predictions[name]) for name in scored.predictions.column_names}
-    return json.dumps({"version": scored.version, "predictions": predictions}, allow_nan=False).encode()
+        return write_stream(table, scored.version)
+    if sum(table.num_rows * _width(field.type) for field in table.schema) > MAX_JSON_VALUES:
+        raise Problem(413, f"the reply has more than {MAX_JSON_VALUES} numbers; ask for {ARROW}")
+    columns = (f"{json.dumps(name)}: {_json(table[name])}" for name in table.column_names)
+    return f'{{"version": {json.dumps(scored.version)}, "predictions": {{{", ".join(columns)}}}}}'.encode()
 
 
 def reply_headers(version: str) -> dict[str, str]:
@@ -151,9 +161,15 @@ def check_finite(predictions: pa.Table) -> pa.Table:
     return predictions
 
 
-def _values(column: pa.ChunkedArray) -> list[Any]:
-    values: list[Any] = column.to_pylist()
-    return values
+def _width(type_: pa.DataType) -> int:
+    return int(type_.list_size) if pa.types.is_fixed_size_list(type_) else 1
+
+
+def _json(column: pa.ChunkedArray) -> str:
+    """A column as a JSON list."""
+    rows = range(0, len(column), _JSON_ROWS)
+    parts = (json.dumps(column.slice(start, _JSON_ROWS).to_pylist(), allow_nan=False)[1:-1] for start in rows)
+    return f"[{', '.join(parts)}]"
 
 
 def _object(body: bytes, keys: tuple[str, ...], what: str) -> dict[str, Any]:
@@ -207,9 +223,7 @@ def _columns(what: str, columns: Any, max_rows: int, limits: LimitsConfig) -> pa
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"key {twice[:80]!r} stands twice; send it once")
+        raise DataError(f"key {(repeated([name for name, _ in pairs]) or '')[:80]!r} stands twice; send it once")
     return found
 
 
