@@ -89,7 +89,7 @@ class ShardedVersion:
                 f"snapshot {model}@{version} and the model of its config differ in tensor {name!r}; publish it again"
             )
         for name, value in state.items():
-            shape = tuple(value.size())
+            shape = tuple(value.metadata().size if isinstance(value, ShardedTensor) else value.shape)
             if shape != tuple(stored[name].shape):
                 raise SnapshotError(
                     f"snapshot {model}@{version}: tensor {name!r} is {list(stored[name].shape)}, and {list(shape)} in "
