@@ -78,7 +78,12 @@ class FeedbackJoin:
 
     @property
     def offsets(self) -> dict[str, Any]:
-        """Where each source stands, as committed with the batches."""
+        """Where each source stands, as committed with the batches.
+
+        Raises:
+            DataError: the join is closed.
+        """
+        self._journal.check_open()
         return self._journal.offsets()
 
     def process(
@@ -103,10 +108,14 @@ class FeedbackJoin:
             The batch's counts, as its line of ``counts.jsonl``.
 
         Raises:
-            DataError: a column is missing or of a type that never fits; the folder cannot be written.
-            CapacityError: more rows would wait than ``max_state_rows``. Nothing of the batch is taken in: give the
-                stream that is behind first.
+            DataError: a column is missing or of a type that never fits; the folder cannot be written; the join is
+                closed. Nothing of the batch is taken in.
+            CapacityError: more rows would wait than ``max_state_rows``, or the disk is full. Nothing of the batch is
+                taken in: give the stream that is behind first, or free space.
+            BatchCommitted: the whole batch is taken in, and then its files could not be moved to their places. The join
+                is closed; open it again and go on after `offsets`.
         """
+        self._journal.check_open()
         clock = self._clock()
         arrived = {}
         if impressions is not None:
@@ -144,7 +153,8 @@ class FeedbackJoin:
             watch: called with each batch's counts.
 
         Raises:
-            DataError, CapacityError: as `process`; a stream has no files, or a file changed after it was read.
+            DataError, CapacityError, BatchCommitted: as `process`; a stream has no files, or a file changed after it
+                was read.
         """
         streams, first = FileStreams(self.config, self.offsets), self.batch
         while (chunk := streams.next(self.state.seen)) is not None:

@@ -48,6 +48,11 @@ CREATE TABLE IF NOT EXISTS periods (
 EXAMPLES = "examples"
 
 
+class BatchCommitted(RayfmError):
+    """A batch happened, and then its files could not be moved to their places: the next start moves them. Its rows must
+    not be given again."""
+
+
 class Output(Config):
     """A file of a batch."""
 
@@ -115,15 +120,30 @@ class Journal:
             ) from None
         except OSError as error:
             raise DataError(f"{self.root}: cannot be written ({error.strerror}); name another root") from None
+        self._closed = False
         try:
             self._recover()
-        except RayfmError:
+        except BaseException as error:
             self.close()
-            raise
+            if not isinstance(error, OSError):
+                raise
+            raise DataError(
+                f"{error.filename or self.root}: cannot be written ({error.strerror}); fix access, or free space"
+            ) from None
 
     def close(self) -> None:
         """Let go of the folder."""
+        self._closed = True
         self._database.close()
+
+    def check_open(self) -> None:
+        """Refuse what would write to the folder after `close`: it may be another process's by now.
+
+        Raises:
+            DataError: it is closed.
+        """
+        if self._closed:
+            raise DataError(f"{self.root}: the join is closed; open it again")
 
     def _check_identity(self, identity: Mapping[str, Any]) -> None:
         text = json.dumps(identity, sort_keys=True)
@@ -218,7 +238,8 @@ class Journal:
         return self.root / "staging" / f"{batch:08d}" / path.replace("/", "%2F")
 
     def commit(self, record: Record, offsets: Mapping[str, Any], meta: Mapping[str, str]) -> None:
-        """Make a batch happen, then move its files to their places.
+        """Make a batch happen, then move its files to their places. The journal is closed where the moving fails: what
+        the caller knows is then older than what is committed.
 
         Args:
             record: what it did.
@@ -227,6 +248,7 @@ class Journal:
 
         Raises:
             DataError: the journal cannot be written: the batch has not happened.
+            BatchCommitted: the batch has happened, and its files cannot be moved.
         """
         for folder in {self._staged(record.batch, file.path).parent for file in record.files} | {self.root / "state"}:
             if folder.exists():
@@ -258,9 +280,18 @@ class Journal:
             raise DataError(
                 f"{self.root}: cannot commit batch {record.batch} ({error}); free space, run again"
             ) from None
-        self._publish(record)
-        with (self.root / "counts.jsonl").open("a") as lines:
-            lines.write(json.dumps(record.counts) + "\n")
+        try:
+            self._publish(record)
+            with (self.root / "counts.jsonl").open("a") as lines:
+                lines.write(json.dumps(record.counts) + "\n")
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, Exception):
+                raise
+            raise BatchCommitted(
+                f"{self.root}: batch {record.batch} is committed; open the join again, which moves its files to their "
+                f"places, and do not give its rows again ({error})"
+            ) from error
 
     def _publish(self, record: Record) -> None:
         """Move a committed batch's files to their places; those that stand there already are left."""

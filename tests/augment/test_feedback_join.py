@@ -13,6 +13,7 @@ from feedback_streams import S, join_config
 
 from rayfm.augment.config import load_augment
 from rayfm.augment.join import FeedbackJoin
+from rayfm.augment.journal import BatchCommitted
 from rayfm.config import CapacityError, ConfigError, DataError, write_yaml
 from rayfm.data.sources.parquet import ParquetConfig, ParquetSource
 from rayfm.schema import Schema
@@ -402,6 +403,41 @@ def test_damage_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         FeedbackJoin(join_config(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("blocked", ["rejects", "complete", "counts.jsonl"])
+def test_a_disk_error_after_the_commit_leaves_the_committed_batch_alone(tmp_path, blocked):
+    """Files where folders belong, or the other way round, stop the moving of what is committed."""
+    config, obstacle = join_config(tmp_path), tmp_path / blocked
+    with FeedbackJoin(config) as join:
+        join.process(impressions((1, 0), (2, 1)))
+        counts = (tmp_path / "counts.jsonl").read_text()
+        if blocked == "counts.jsonl":
+            obstacle.unlink()
+            obstacle.mkdir()
+        else:
+            obstacle.write_text("")
+        shown = impressions((3, 9000), (4, 9001))
+        with pytest.raises(BatchCommitted, match="batch 2 is committed; open the join again"):
+            join.process(shown, {"other": others(("a", 1, 3, "spent", None))}, offsets={"shown": 4}, through=at(9000))
+        with pytest.raises(DataError, match="the join is closed; open it again"):
+            join.process(impressions((5, 9002), (6, 9003)))
+        with pytest.raises(DataError, match="the join is closed; open it again"):
+            _ = join.offsets
+    # As long as it is so, the join cannot be opened; the refusal does not keep the folder.
+    with pytest.raises((DataError, CapacityError), match=r"cannot be written|cannot write"):
+        FeedbackJoin(config)
+    obstacle.rmdir() if blocked == "counts.jsonl" else obstacle.unlink()
+    with FeedbackJoin(config) as join:
+        assert (join.batch, join.offsets) == (2, {"shown": 4})
+        assert join.state.index.example_id.tolist() == [3, 4]
+        assert join.process(impressions((5, 9002)))["open"] == 3
+    assert [row["example_id"] for row in read(tmp_path, "examples")] == [1, 2]
+    assert [row["event_id"] for row in read(tmp_path, "rejects/read/other")] == ["a"]
+    assert json.loads((tmp_path / "complete" / "period=2023-11-14T22.json").read_text())["rows"] == 2
+    lines = (tmp_path / "counts.jsonl").read_text()
+    assert lines.startswith(counts)
+    assert [json.loads(line)["batch"] for line in lines.splitlines()] == [1, 2, 3]
 
 
 def test_the_state_on_disk_is_bounded(tmp_path, monkeypatch):
