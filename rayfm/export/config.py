@@ -60,9 +60,13 @@ class FormCheck(Config):
     calibration: dict[str, float | None]
     """Binary task -> the shift of the calibration."""
     passed: bool
+    reason: str | None = None
+    """Why the form could not be made or run; it has no figures then."""
 
     def worst(self) -> str:
-        """The figures in words, for messages."""
+        """The figures in words, for messages; without any, why."""
+        if self.reason is not None:
+            return self.reason
         parts = [f"{task} by {'NaN' if value is None else f'{value:.2g}'}" for task, value in self.difference.items()]
         shifts = [f"{task} {'NaN' if value is None else f'{value:+.2g}'}" for task, value in self.calibration.items()]
         return ", ".join(parts) + (f"; calibration of {', '.join(shifts)}" if shifts else "")
@@ -76,6 +80,6 @@ class ExportCheck(Config):
     rows: int
     tolerance: Tolerance
     forms: dict[Form, FormCheck]
-    """``eager`` had to pass. The others are tried again, and timed, where the model is served."""
+    """``eager`` had to pass. The others, passed or not, are tried again and timed where the model is served."""
     file: str | None = None
     """The rows with the trained model's logits, beside the tensors: for the check where the model is served."""

@@ -10,7 +10,7 @@ a history.
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from typing import Never, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,10 @@ class Port:
 
 
 class PortValues:
-    """What the compiled part reads in place of a batch: the ports' tensors, by owner."""
+    """What the compiled part reads in place of a batch: the ports' tensors, by owner.
+
+    Of a `Batch` a model finds here what is an input of the compiled part: ``dense`` and ``represented``.
+    """
 
     def __init__(self, ports: tuple[Port, ...], tensors: tuple[Tensor, ...]) -> None:
         found = {(port.kind, port.owner, port.sequence): x for port, x in zip(ports, tensors, strict=True)}
@@ -70,6 +73,13 @@ class PortValues:
     def represented(self, name: str) -> tuple[Tensor, Tensor]:
         """As `Batch.represented`."""
         return self._found["history", name, ""], self._found["history_mask", name, ""]
+
+    def __getattr__(self, name: str) -> Never:
+        raise AttributeError(f"batch.{name} is not there where a model is served; read features through embeddings")
+
+    def __len__(self) -> int:
+        # Tracing would take it for a constant.
+        raise TypeError("len(batch) is not known where a model is served; take the shape of what the embeddings gave")
 
 
 class VectorsPort(nn.Module):

@@ -133,14 +133,9 @@ def export_student(
     made: dict[Form, Predict] = {}
     results: dict[Form, FormResult] = {}
     for form in forms:
-        try:
-            predict = make_form(form, part, architecture, config)
-            check = check_form(form, predict, inputs, expected, schema, tasks, config.tolerance)
-        except (ConfigError, MemoryError):
-            raise
-        except Exception as error:  # torch has no one class for what it cannot trace or compile
-            said = str(error).strip().splitlines()
-            results[form] = FormResult(None, None, f"{type(error).__name__}: {said[0] if said else 'no message'}")
+        predict, check = _try(form, part, architecture, config, inputs, expected)
+        if predict is None:
+            results[form] = FormResult(None, None, check.reason)
             continue
         if check.passed:
             made[form] = predict
@@ -172,7 +167,8 @@ def check_export(
     """The check at publishing, in the forms that need no compiler; ``tensors`` is empty afterwards.
 
     Raises:
-        SnapshotError: the exported model in fp32 does not predict what the trained one did.
+        SnapshotError: the exported model in fp32 does not run, or does not predict what the trained one did. Another
+            form that cannot be made is written down as one that did not pass.
     """
     served = export_model(model_config, schema, tasks, tensors)
     architecture = Architecture(model_config, schema, tasks, served.calibrator is not None)
@@ -183,8 +179,13 @@ def check_export(
     config = CompileConfig(tolerance=tolerance)
     checks: dict[Form, FormCheck] = {}
     for form in (form for form in PUBLISH_FORMS if form in available_forms(config)):
-        predict = make_form(form, part, architecture, config)
-        checks[form] = check_form(form, predict, inputs, expected, schema, tasks, tolerance)
+        checks[form] = _try(form, part, architecture, config, inputs, expected)[1]
+    if checks["eager"].reason is not None:
+        raise SnapshotError(
+            f"the exported model does not run ({checks['eager'].reason}); change the model, of whose batch only "
+            "embeddings, dense features and histories are left (docs/extending.md, 'What is left of the batch'); it is "
+            "not published"
+        )
     if not checks["eager"].passed:
         raise SnapshotError(
             f"the exported model differs from the trained one on {len(rows.batch)} rows of {period}: "
@@ -192,6 +193,31 @@ def check_export(
             "published"
         )
     return ExportCheck(period=period, rows=len(rows.batch), tolerance=tolerance, forms=checks)
+
+
+def _try(
+    form: Form,
+    part: DensePart,
+    architecture: Architecture,
+    config: CompileConfig,
+    inputs: tuple[Tensor, ...],
+    expected: dict[str, Tensor],
+) -> tuple[Predict | None, FormCheck]:
+    """One form and how far it is; None and a check that says why where it cannot be made or run.
+
+    Raises:
+        ConfigError: the folder of compiled code cannot be used.
+    """
+    try:
+        predict = make_form(form, part, architecture, config)
+        schema = part.served.model.schema
+        return predict, check_form(form, predict, inputs, expected, schema, part.tasks, config.tolerance)
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # torch has no one class for what it cannot trace or compile
+        said = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {said[0] if said else 'no message'}"
+        return None, FormCheck(difference={}, calibration={}, passed=False, reason=reason)
 
 
 def _split(served: ServedModel, tensors: dict[str, Tensor]) -> tuple[LookUps, DensePart]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from rayfm.export.rows import CheckRows, only_inputs
 from rayfm.export.served import ServedModel
 from rayfm.export.student import ExportedStudent, check_export, export_student
 from rayfm.models import MODELS, Model
+from rayfm.models.dcn import DCN
 from rayfm.models.histories import HistoryFeature
 from rayfm.models.synthetic import synthetic_batch
 from rayfm.schema import Schema
@@ -350,6 +352,49 @@ def test_the_check_at_publishing() -> None:
     rows.logits["watch"] = rows.logits["watch"] + 1.0
     with pytest.raises(SnapshotError, match=r"differs from the trained one on 300 rows of 2024-01-01: .*not published"):
         check_export(small_config("dcn"), SCHEMA, TASKS, calibrated(model), rows, "2024-01-01", Tolerance())
+
+
+def test_publishing_goes_on_without_a_form_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def branching(self: DCN, batch: Batch) -> torch.Tensor:
+        x_BI = self.flat_inputs(batch)
+        return self.deep(x_BI) + x_BI.sum() if torch.jit.is_tracing() else original(self, batch)
+
+    original = DCN.represent
+    monkeypatch.setattr(DCN, "represent", branching)
+    rows = rows_of(noisy("dcn"))
+    tensors = calibrated(noisy("dcn"))
+    check = check_export(small_config("dcn"), SCHEMA, TASKS, tensors, rows, "2024-01-01", Tolerance())
+    assert check.forms["eager"].passed
+    for form in ("torchscript", "int8"):
+        said = check.forms[form]
+        assert not said.passed
+        assert said.reason is not None
+        assert said.reason.startswith("RuntimeError: ")
+        assert said.worst() == said.reason
+    assert type(check).model_validate_json(check.model_dump_json()) == check
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (len, r"TypeError: len.batch. is not known .* take the shape of what the embeddings gave"),
+        (lambda batch: batch.traffic, r"AttributeError: batch\.traffic is not there where a model is served"),
+        (lambda batch: batch.sparse, r"AttributeError: batch\.sparse is not there where a model is served"),
+    ],
+)
+def test_a_model_that_reads_more_than_its_inputs_is_not_published(
+    read: Callable[[Batch], object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(self: DCN, batch: Batch) -> torch.Tensor:
+        read(batch)
+        return original(self, batch)
+
+    original = DCN.represent
+    monkeypatch.setattr(DCN, "represent", greedy)
+    rows = rows_of(noisy("dcn"))
+    tensors = calibrated(noisy("dcn"))
+    with pytest.raises(SnapshotError, match=rf"does not run .{message}.*docs/extending\.md.*not published"):
+        check_export(small_config("dcn"), SCHEMA, TASKS, tensors, rows, "2024-01-01", Tolerance())
 
 
 def test_a_cache_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
