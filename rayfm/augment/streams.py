@@ -45,7 +45,9 @@ class FileStreams:
 
     Args:
         config: the join's.
-        offsets: what is taken in already: ``<stream>/<path>`` -> [rows taken, bytes of the file].
+        offsets: what is taken in already: ``<stream>/<path>`` -> [rows taken, bytes of the file, rows of the file]. A
+            file whose rows are all taken is not opened. Earlier offsets lack the last number, and name no files without
+            rows: what is found of such files stands in the next chunk's offsets.
 
     Raises:
         DataError: a stream has no files, its newest one lacks a column, or a file that was read has changed since.
@@ -54,23 +56,27 @@ class FileStreams:
     def __init__(self, config: JoinConfig, offsets: Mapping[str, Any]) -> None:
         self._config = config
         self._files: dict[str, tuple[pafs.FileSystem, list[str]]] = {}
-        self._taken: dict[str, tuple[int, int]] = {}
+        self._taken: dict[str, int] = {}
         self._bytes: dict[str, int] = {}
+        self._found: dict[str, list[int]] = {}
         for stream, part in {IMPRESSIONS: config.impressions, **config.feedback}.items():
             filesystem, paths = list_files(part.path)
+            finished = set()
             for info in filesystem.get_file_info(paths):
                 key = f"{stream}/{info.path}"
                 self._bytes[key] = info.size
                 if key not in offsets:
                     continue
-                rows, size = offsets[key]
+                taken, size, *rows = offsets[key]
                 if size != info.size:
                     raise DataError(
                         f"{info.path}: has {info.size} bytes, and had {size} when its rows were read; a log's files "
                         "must not change: put new rows into new files"
                     )
-                self._taken[key] = (rows, size)
-            self._files[stream] = (filesystem, paths)
+                self._taken[key] = taken
+                if rows == [taken]:
+                    finished.add(info.path)
+            self._files[stream] = (filesystem, [path for path in paths if path not in finished])
             names = open_parquet(filesystem, paths[-1]).schema_arrow.names
             check_columns(paths[-1], config, None if stream == IMPRESSIONS else stream, names)
 
@@ -90,14 +96,20 @@ class FileStreams:
         while paths:
             path = paths[0]
             key = f"{stream}/{path}"
-            start = self._taken.get(key, (0, 0))[0]
+            start = self._taken.get(key, 0)
             file = open_parquet(filesystem, path)
-            stop = min(start + self._config.batch_rows, file.metadata.num_rows)
-            if start >= file.metadata.num_rows:
+            rows = file.metadata.num_rows
+            stop = min(start + self._config.batch_rows, rows)
+            if start >= rows:
+                self._found[key] = [rows, self._bytes[key], rows]
                 paths.pop(0)
                 continue
             with parquet_errors(path):
                 table = read_rows(file, start, stop)
-            self._taken[key] = (stop, self._bytes[key])
-            return Chunk(stream, path, table, {key: [stop, self._bytes[key]]})
+            self._taken[key] = stop
+            offsets = {**self._found, key: [stop, self._bytes[key], rows]}
+            self._found = {}
+            if stop == rows:
+                paths.pop(0)
+            return Chunk(stream, path, table, offsets)
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import sqlite3
 from pathlib import Path
 
 import pyarrow as pa
@@ -362,6 +363,48 @@ def test_new_files_are_read_and_changed_ones_refused(tmp_path):
     write(tmp_path, impressions__1=impressions((1, 0)))
     with FeedbackJoin(join_config(tmp_path)) as join, pytest.raises(DataError, match=r"1\.parquet: has .* bytes"):
         join.run()
+
+
+def test_files_that_are_read_are_not_opened_again(tmp_path, monkeypatch):
+    import rayfm.augment.streams as module
+
+    opened = []
+
+    def open_parquet(filesystem, path):
+        opened.append("/".join(path.split("/")[-2:]))
+        return pq.ParquetFile(path, filesystem=filesystem)
+
+    monkeypatch.setattr(module, "open_parquet", open_parquet)
+    config = join_config(tmp_path, batch_rows=30)
+
+    def run(hours: int) -> list[str]:
+        log_files(tmp_path, hours)
+        write(tmp_path, impressions__00empty=impressions())
+        opened.clear()
+        with FeedbackJoin(config) as join:
+            join.run()
+        return sorted(opened)
+
+    def newest(hour: int) -> list[str]:
+        """A run looks at the columns of each stream's newest file."""
+        return [f"{stream}/{hour}.parquet" for stream in ("clicks", "impressions", "other")]
+
+    assert len(run(2)) > 6
+    assert run(2) == newest(1)
+    # Offsets as they were written before the files' rows were kept: [rows taken, bytes].
+    with sqlite3.connect(tmp_path / "journal.sqlite") as database:
+        for source, value in database.execute("SELECT * FROM offsets").fetchall():
+            if source.endswith("00empty.parquet"):
+                database.execute("DELETE FROM offsets WHERE source = ?", (source,))
+            else:
+                old = json.dumps(json.loads(value)[:2])
+                database.execute("UPDATE offsets SET value = ? WHERE source = ?", (old, source))
+    assert {"clicks/0.parquet", "impressions/00empty.parquet"} <= set(run(2))
+    assert {"clicks/0.parquet", "impressions/00empty.parquet"} <= set(run(3)), "no batch, so nothing was kept"
+    assert run(3) == newest(2)
+    with FeedbackJoin(config) as join:
+        join.run(through=at(3 * 3600 + 100))
+    assert [row["example_id"] for row in read(tmp_path, "examples")] == list(range(120))
 
 
 def test_a_stream_that_ran_ahead_is_told_with_its_neighbour(tmp_path):
