@@ -2,9 +2,8 @@
 
 ::
 
-    <root>/<period>-<step>/   __0_0.distcp, ..., .metadata    torch.distributed.checkpoint
-                              gathered/*.npz                  metric sums that are not yet in a file of their own
-                              state.json                      cursor, label pin, counters; written last
+    <root>/<periods done>-<step>/   __0_0.distcp, ..., .metadata    torch.distributed.checkpoint
+                                    state.json                      cursor, label pin, counters; written last
 """
 
 from __future__ import annotations
@@ -18,17 +17,44 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from rayfm.config import Config, RayfmError
+from rayfm.config import Config, DataError, RayfmError
 from rayfm.data.store import write_json_atomic
 from rayfm.training.learner import Learner
 from rayfm.training.spec import PinnedLabels
 
 
 class Cursor(Config):
-    """Where training stands: the next step to train. ``step`` 0: the period is not yet predicted."""
+    """Where training stands: the next step to train. Periods by name: places in a list move with what is before."""
 
-    period_index: int = 0
+    finished: tuple[str, ...] = ()
+    """Periods that are behind it, in order."""
+    period: str | None = None
+    """The period under way; None: the next one is not yet predicted."""
     step: int = 0
+    """The next step of the period under way."""
+
+    def index(self, periods: tuple[str, ...], origin: str) -> int:
+        """Place in ``periods`` of the period to go on with, the one under way or the next; their number at the end.
+
+        Args:
+            periods: those that the run has now.
+            origin: opens the error message.
+
+        Raises:
+            DataError: ``periods`` does not begin with those that were walked through. Going on would train a period
+                twice or leave one out, and publish weights as trained through a period that they are not.
+        """
+        walked = (*self.finished, *([self.period] if self.period else []))
+        for place, name in enumerate(walked):
+            found = periods[place] if place < len(periods) else None
+            if found != name:
+                instead = f"has {found}" if found else "ends"
+                raise DataError(
+                    f"{origin}: training went through {walked[0]} .. {walked[-1]}, and where {name} was the source now "
+                    f"{instead}; give the source the periods back that it had (no earlier or filled-in one, none "
+                    "removed), or start a new run"
+                )
+        return len(self.finished)
 
 
 class CheckpointState(Config):
@@ -69,7 +95,7 @@ class Checkpoints:
     def save(self, learners: list[Learner], state: CheckpointState) -> Path:
         """Write a checkpoint (every rank calls this); rank 0 declares it complete and removes what is superseded."""
         cursor = state.cursor
-        path = self.root / f"{cursor.period_index:05d}-{cursor.step:08d}"
+        path = self.root / f"{len(cursor.finished):05d}-{cursor.step:08d}"
         rank = dist.get_rank()
         if rank == 0 and path.exists():
             shutil.rmtree(path)

@@ -106,13 +106,17 @@ class TrainingLoop:
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, through the last period."""
-        cursor, state = self._restore()
-        if state is not None and cursor.step == 0:
+        first, state = self._restore()
+        under_way = state is not None and state.cursor.period is not None
+        if state is not None and not under_way:
             # The checkpoint comes first, so that a crash right after it loses nothing: publish what it holds.
-            self._finish(cursor.period_index - 1, state.partial)
-        for index in range(cursor.period_index, len(self.spec.periods)):
-            resumed = state if state is not None and index == cursor.period_index and cursor.step else None
-            self._period(index, resumed)
+            self._finish(first - 1, state.partial)
+        for index in range(first, len(self.spec.periods)):
+            try:
+                self._period(index, state if under_way and index == first else None)
+            finally:
+                if self.label_source is not None:
+                    self.label_source.release()  # the period's readers are done, or nobody goes on with them
 
     def _period(self, index: int, resumed: CheckpointState | None) -> None:
         """Predict, train, checkpoint, publish one period; or go on with one that ``resumed`` was in the middle of."""
@@ -136,7 +140,7 @@ class TrainingLoop:
         losses = {name: total / weight for name, (total, weight) in partial.get("losses", {}).items() if weight > 0}
         record = {"examples": examples, "losses": losses, "parts": parts.seconds, "calibration": self.calibration}
         with parts.timed("checkpoint"):
-            self._checkpoint(Cursor(period_index=index + 1), {}, record)
+            self._checkpoint(Cursor(finished=self.spec.periods[: index + 1]), {}, record)
         self._finish(index, record, parts, started)
 
     def _trains(self, index: int) -> bool:
@@ -290,7 +294,8 @@ class TrainingLoop:
                     sums[1] += weight
             if every and (step + 1) % every == 0 and step + 1 < steps:
                 with parts.timed("checkpoint"):
-                    self._checkpoint(Cursor(period_index=index, step=step + 1), labels, partial)
+                    done = self.spec.periods[:index]
+                    self._checkpoint(Cursor(finished=done, period=period, step=step + 1), labels, partial)
         for learner in self.learners:
             for part, seconds in vars(learner.clock).items():
                 parts.add(part, seconds)
@@ -426,17 +431,19 @@ class TrainingLoop:
                 calibrator.set(task, scale, shift + added)
         return [TensorSlice.whole(CALIBRATOR_PREFIX + name, value) for name, value in calibrator.state_dict().items()]
 
-    def _restore(self) -> tuple[Cursor, CheckpointState | None]:
+    def _restore(self) -> tuple[int, CheckpointState | None]:
+        """Index of the period to go on with, and the newest checkpoint."""
         state = self.checkpoints.load(self.learners)
         if state is None:
-            return Cursor(), None
+            return 0, None
+        index = state.cursor.index(self.spec.periods, str(self.checkpoints.root))
         self.steps_done = dict(state.steps_done)
         fits = state.partial.get("calibration", {})
         self.calibration = {key: {task: (a, b) for task, (a, b) in own.items()} for key, own in fits.items()}
         if self.rank == 0:
             sums = torch.tensor([state.rates[task] for task, _ in self.tasks], dtype=torch.float64)
             self.rates.load_state_dict({"sums": sums})
-        return state.cursor, state
+        return index, state
 
     def _checkpoint(self, cursor: Cursor, labels: dict[str, PinnedLabels], partial: dict[str, Any]) -> None:
         sums = self.rates.state_dict()["sums"].clone()
