@@ -89,6 +89,9 @@ class IdLabels:
 
         return IdLookup()
 
+    def release(self) -> None:
+        pass
+
 
 def learner(model: str = "dcnv2", variant: str = "none", seed: int = 1, **kwargs: Any) -> LearnerConfig:
     """A small model; ``variant`` names the objectives."""

@@ -30,9 +30,11 @@ from rayfm.config import LabelError
 from rayfm.data.store import ExampleStore
 from rayfm.labels.columns import check_part
 from rayfm.labels.files import one_line
+from rayfm.labels.kept_pins import KeptPins
 from rayfm.labels.lookup import LabelLookup
 from rayfm.labels.storage import HISTORIES, Storage
 from rayfm.schema import Kind
+from rayfm.snapshots.metadata.base import MetadataStore
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -116,13 +118,14 @@ class HistoryStore:
 
     Args:
         root: the label store's root, as `LabelStore`'s.
+        metadata: where pins live; None for one that only reads and writes states, or whose labels nobody vacuums.
 
     Raises:
         ConfigError: the root is no folder and no ``s3://bucket/prefix``.
     """
 
-    def __init__(self, root: str | Path | Storage) -> None:
-        self.storage = Storage.of(root)
+    def __init__(self, root: str | Path | Storage, metadata: MetadataStore | None = None) -> None:
+        self.storage, self.metadata = Storage.of(root), metadata
         self.files = self.storage.files(HISTORIES)
 
     def path(self, spec: HistorySpec, period: str) -> str:
@@ -195,7 +198,7 @@ class HistoryStore:
         period: str,
         before: tuple[str, str, int] | None,
     ) -> None:
-        """Make the state before ``period``; nothing is done where it stands.
+        """Make the state before ``period``; nothing is done where it stands. The labels are pinned while they are read.
 
         Args:
             spec: which history.
@@ -206,7 +209,7 @@ class HistoryStore:
 
         Raises:
             LabelError: the state before the period before it is missing; or representations are, or their width is
-                another.
+                another; or the table version cannot be pinned any more.
             DataError: the examples of the period before it cannot be read.
         """
         if self.stands(spec, period):
@@ -215,8 +218,10 @@ class HistoryStore:
             self.write(spec, period, HistoryState.empty(spec.width, _key_type(store, period, spec.key)), None)
             return
         earlier, version, table_version = before
-        lookup = LabelLookup((self.storage, table_version), spec.teacher, version, (), spec.width)
-        state = self.read(spec, earlier).then(spec.decay, _rows(spec, store, earlier, lookup))
+        with KeptPins(self.storage, self.metadata, f"{spec.name} before {period}") as pins:
+            pin = pins.pin(spec.teacher, version, table_version)
+            lookup = LabelLookup(pin, spec.teacher, version, (), spec.width)
+            state = self.read(spec, earlier).then(spec.decay, _rows(spec, store, earlier, lookup))
         self.write(spec, period, state, version)
 
 

@@ -228,7 +228,7 @@ class Pipeline:
             earlier = self.periods[index - 1], str(before["version"]), int(before["table_version"])
         for history in histories(self.config):
             if history.teacher == teacher:
-                HistoryStore(self.labels.storage).advance(
+                HistoryStore(self.labels.storage, self.metadata).advance(
                     history_spec(history),
                     self.store,
                     self.periods[index],

@@ -20,6 +20,7 @@ from rayfm.data.steps import Lookup, RepresentationLookup
 from rayfm.data.store import ExampleStore
 from rayfm.labels.columns import check_leak
 from rayfm.labels.history import HistoryLookup, HistorySpec
+from rayfm.labels.kept_pins import KeptPins
 from rayfm.labels.lane_file import LaneRecord, write_lane_file
 from rayfm.labels.lookup import LabelLookup
 from rayfm.labels.pins import Pin
@@ -34,9 +35,6 @@ from rayfm.serving.teacher import TeacherHere
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata.base import MetadataStore
 from rayfm.training.spec import PinnedLabels
-
-PIN_S = 6 * 3600.0
-"""Seconds that a trainer holds a period's table version; it reads it for one period and never comes back to it."""
 
 IN_FLIGHT = 2
 """Requests that a task keeps at the service, so that reading and scoring overlap."""
@@ -248,7 +246,9 @@ def history_spec(history: HistoryFeature) -> HistorySpec:
 
 
 class StoredLabels:
-    """Makes look-ups for training workers, each at a pinned table version.
+    """Makes look-ups for training workers, each at a pinned table version. Pins are extended until `release`.
+
+    Travels to workers without the pins that it holds.
 
     Args:
         root: the label store's root, as `LabelStore`'s.
@@ -264,7 +264,8 @@ class StoredLabels:
         owner: str = "trainer",
         near_line: str | Path | None = None,
     ) -> None:
-        self.storage, self.metadata, self.owner, self.near_line = Storage.of(root), metadata, owner, near_line
+        self.storage, self.near_line = Storage.of(root), near_line
+        self._pins = KeptPins(self.storage, metadata, owner)
 
     def lookup(self, teacher: str, labels: PinnedLabels, tasks: tuple[str, ...]) -> Lookup:
         """Supervision columns ``<teacher>/<task>`` from one version's labels.
@@ -295,6 +296,9 @@ class StoredLabels:
         """
         return HistoryLookup(self.storage, history_spec(history), store, period)
 
+    def release(self) -> None:
+        """Let go of the pins of all look-ups made so far, once nobody reads from them any more."""
+        self._pins.release()
+
     def _pin(self, teacher: str, labels: PinnedLabels) -> Pin:
-        store = LabelStore(self.storage, self.metadata)
-        return store.pin(teacher, labels.version, self.owner, PIN_S, labels.table_version)
+        return self._pins.pin(teacher, labels.version, labels.table_version)

@@ -100,3 +100,7 @@ class LabelSource(Protocol):
     def history(self, history: HistoryFeature, store: ExampleStore, period: str) -> RepresentationLookup:
         """What the teacher thought of the entities' past, as of just before ``period``."""
         ...
+
+    def release(self) -> None:
+        """Nobody reads any more from the look-ups made so far: what holds their labels in place may go."""
+        ...

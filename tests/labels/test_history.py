@@ -12,9 +12,10 @@ from example_store import write_store
 
 from rayfm.config import LabelError
 from rayfm.data.store import ExampleStore
-from rayfm.labels import LabelStore
+from rayfm.labels import LabelLookup, LabelStore, Retention, expire
 from rayfm.labels.history import HistoryLookup, HistorySpec, HistoryState, HistoryStore
 from rayfm.schema import Task
+from rayfm.snapshots import SQLiteMetadataStore
 
 PERIODS = ("2024-01-01", "2024-01-02", "2024-01-03")
 WIDTH = 3
@@ -112,6 +113,30 @@ def test_each_period_sees_the_periods_before_it(stores, clicked: bool):
     path.unlink()
     histories.advance(spec, store, PERIODS[2], (PERIODS[1], "v1", committed[PERIODS[1]]))
     assert path.read_bytes() == written[0]
+
+
+def test_labels_are_pinned_while_they_are_read(stores, monkeypatch):
+    """An update that begins before a newer version supersedes the labels, and a vacuum that comes in its midst."""
+    root, store, committed = stores
+    guarded = LabelStore(root, SQLiteMetadataStore(root / "meta.db"))
+    histories, read, deleted = HistoryStore(root, guarded.metadata), LabelLookup.vectors, []
+
+    def vectors(lookup: LabelLookup, *place):
+        if not deleted:
+            expire(guarded, Retention(version="v1"), also_pinned=True)
+            deleted.append(len(guarded.vacuum(retention_hours=0)))
+        return read(lookup, *place)
+
+    monkeypatch.setattr(LabelLookup, "vectors", vectors)
+    before = PERIODS[0], "v1", committed[PERIODS[2]]
+    histories.advance(SPEC, store, PERIODS[0], None)
+    histories.advance(SPEC, store, PERIODS[1], before)
+    assert len(histories.read(SPEC, PERIODS[1]).keys) > 0
+    assert deleted == [0]
+    assert list(guarded.metadata.leases("labels/pins/")) == []
+    assert len(guarded.vacuum(retention_hours=0)) == 2 * len(PERIODS)
+    with pytest.raises(LabelError, match=f"version {before[2]} of the label table is vacuumed"):
+        histories.advance(SPEC, store, PERIODS[2], (PERIODS[1], "v1", before[2]))
 
 
 def test_a_lookup_by_place(stores):

@@ -230,8 +230,7 @@ def test_a_training_worker_gets_the_same_message(store):
         labels.lookup("fm", PinnedLabels(version=A, table_version=early + 2), ("click",))
     with pytest.raises(LabelError, match="it never labelled"):
         labels.lookup("fm", PinnedLabels(version="v9", table_version=early), ("click",))
-    for lease in store.metadata.leases("labels/pins/"):
-        store.metadata.release(lease)
+    labels.release()
     store.vacuum(retention_hours=0)
     with pytest.raises(LabelError, match=r"is vacuumed .* run `rayfm label` again"):
         labels.lookup("fm", PinnedLabels(version=A, table_version=early), ("click",))

@@ -54,6 +54,9 @@ class TeacherLabels:
         assert (teacher, width) == ("teacher", WIDTH)
         return _Rows(())
 
+    def release(self) -> None:
+        pass
+
 
 CLICK = {"teacher": "teacher", "tasks": ("click",)}
 MIXTURE: list[dict[str, Any]] = [
