@@ -1,8 +1,8 @@
 """Native code of a model's architecture by AOTInductor: compiled once on a machine, filled with a version's weights.
 
-The package depends on the model's config, its schema, torch and the processor, and on no weight. It lies in a folder
-that the service alone may write, under a name that is the hash of all of these, and is compiled in a process of its
-own: tracing holds Python's lock for seconds, which would stop the requests that the old version is answering.
+The package depends on the model's config and code, its schema, torch and the processor, and on no weight. It lies in a
+folder that the service alone may write, under a name that is the hash of all of these, and is compiled in a process of
+its own: tracing holds Python's lock for seconds, which would stop the requests that the old version is answering.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -25,17 +26,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+import rayfm.models.base
 from rayfm.config import ConfigError
 from rayfm.export.calibrator import Calibrator
 from rayfm.export.config import CompileConfig
 from rayfm.export.ports import DensePart, cut
 from rayfm.export.served import ServedModel
-from rayfm.models.base import MODELS, ModelConfig
+from rayfm.models.base import MODELS, Model, ModelConfig
 from rayfm.models.build import build_model
 from rayfm.schema import Schema
 
-LAYOUT = 1
-"""Changes when the inputs or outputs of the compiled part do."""
+SOURCES = tuple(Path(file).parent for file in (rayfm.models.base.__file__, __file__))
+"""Folders of the code that is compiled, whatever the model."""
 MOST_ROWS = 65_536
 _LOADING = threading.Lock()
 
@@ -69,9 +71,10 @@ class Architecture:
         return cls(config, Schema.model_validate(found["schema"]), tuple(found["tasks"]), found["calibrated"])
 
     def digest(self) -> str:
-        """Names the package: of the architecture, the versions of the code, and the processor."""
-        machine = (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), str(LAYOUT))
-        return hashlib.sha256("\x1f".join((self.text(), *machine)).encode()).hexdigest()[:32]
+        """Names the package: of the architecture, its code and torch's version, and the processor."""
+        code = source_digest(MODELS[vars(self.model)["type"]])
+        machine = (torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability())
+        return hashlib.sha256("\x1f".join((self.text(), code, *machine)).encode()).hexdigest()[:32]
 
     def part(self) -> DensePart:
         """The part to compile, with weights that mean nothing."""
@@ -79,6 +82,25 @@ class Architecture:
         calibrator = Calibrator(self.schema, self.tasks) if self.calibrated else None
         served = ServedModel(model, calibrator).requires_grad_(False).eval()
         return bf16(cut(served)[2])
+
+
+@functools.cache
+def source_digest(model: type[Model]) -> str:
+    """Hash of the Python files that a model is compiled from.
+
+    They are rayfm's models and exports, and for a model of another package all files below the folder of its module
+    and of those of its bases (a module that is in no package: its file alone).
+    """
+    files = {file for folder in SOURCES for file in folder.rglob("*.py")}
+    for part in model.__mro__:
+        module = sys.modules.get(part.__module__)
+        if issubclass(part, Model) and module is not None and module.__file__ is not None:
+            file = Path(module.__file__)
+            files |= set(file.parent.rglob("*.py")) if module.__package__ else {file}
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def bf16(part: DensePart) -> DensePart:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +15,11 @@ from model_batches import SCHEMA, SIZES, TASKS, random_batch, small_config, smal
 
 from rayfm.config import ConfigError, DataError, SnapshotError
 from rayfm.data.batch import Batch
+from rayfm.export import compiled as compiled_module
 from rayfm.export import forms as forms_module
 from rayfm.export.calibrator import Calibrator
 from rayfm.export.check import calibration_shift, difference
-from rayfm.export.compiled import Architecture, cache_folder, package_path
+from rayfm.export.compiled import Architecture, cache_folder, package_path, source_digest
 from rayfm.export.config import CompileConfig, Tolerance
 from rayfm.export.forms import available_forms
 from rayfm.export.rows import CheckRows, only_inputs
@@ -421,6 +424,46 @@ def test_an_architecture_names_what_its_code_depends_on() -> None:
         Architecture(small_config("dlrm"), SCHEMA, TASKS, False),
     ]
     assert len({item.digest() for item in (one, *others)}) == 4
+
+
+def test_a_change_of_the_models_code_is_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest() -> str:
+        source_digest.cache_clear()
+        return Architecture(small_config("dlrm"), SCHEMA, TASKS, True).digest()
+
+    before = digest()
+    assert digest() == before
+    copies = []
+    for folder in compiled_module.SOURCES:
+        copies.append(tmp_path / folder.name)
+        shutil.copytree(folder, copies[-1])
+    monkeypatch.setattr(compiled_module, "SOURCES", tuple(copies))
+    names = {file.name for folder in copies for file in folder.iterdir()}
+    assert {"dlrm.py", "mlp.py", "ports.py", "calibrator.py"} <= names
+    found = {digest()}
+    for name in ("models/mlp.py", "export/calibrator.py"):
+        with (tmp_path / name).open("a") as file:
+            file.write("# changed\n")
+        found.add(digest())
+    assert len(found) == 3
+    source_digest.cache_clear()
+
+
+def test_a_change_of_a_plug_ins_code_is_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "plugged_in"
+    (package / "layers").mkdir(parents=True)
+    for name in ("__init__.py", "model.py", "layers/crosses.py"):
+        (package / name).write_text("")
+    (package / "model.py").write_text("from rayfm.models.dlrm import DLRM\nclass Plugged(DLRM): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = importlib.import_module("plugged_in.model").Plugged
+    found = {source_digest(model), source_digest(model.__base__)}
+    for name in ("model.py", "layers/crosses.py"):
+        with (package / name).open("a") as file:
+            file.write("# changed\n")
+        source_digest.cache_clear()
+        found.add(source_digest(model))
+    assert len(found) == 4
 
 
 SMALL = Schema.model_validate(
