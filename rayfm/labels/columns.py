@@ -99,13 +99,22 @@ def check_part(what: str, name: str) -> str:
     return name
 
 
+def has_seen(trained_through: str | None, period: str) -> bool:
+    """Whether a snapshot was trained on rows of ``period`` or of a later one; the two may be of different lengths.
+
+    A period is named by its ISO start, so a day's name is the beginning of its hours': what was trained through a day
+    has seen each of its hours, and what was trained through an hour has seen a part of its day.
+    """
+    return trained_through is not None and trained_through >= period[: len(trained_through)]
+
+
 def check_leak(teacher: str, version: str, trained_through: str | None, period: str) -> None:
     """The leak rule: a teacher labels only periods after the last one that it was trained on (DESIGN section 2).
 
     Raises:
-        LabelError: it was trained on ``period`` or a later one.
+        LabelError: it was trained on ``period``, on a part of it, or on a later one (`has_seen`).
     """
-    if trained_through is not None and trained_through >= period:
+    if has_seen(trained_through, period):
         raise LabelError(
             f"leak: {teacher}@{version} was trained through {trained_through} and must not label period {period}; "
             "label it with a version trained through an earlier period"

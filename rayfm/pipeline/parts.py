@@ -11,6 +11,7 @@ from rayfm.data.encode import Encoder
 from rayfm.data.reader import ArrowReader
 from rayfm.data.steps import ReadPlan
 from rayfm.data.store import PeriodManifest
+from rayfm.labels.columns import has_seen
 from rayfm.metrics import MetricState, bootstrap_weights, lines
 from rayfm.pipeline.config import PipelineConfig, load_config
 from rayfm.pipeline.session import ray_session
@@ -118,7 +119,7 @@ def evaluate(
     encoder = Encoder(schema, loaded.encoder.features, columns)
     rows: list[dict[str, Any]] = []
     for period in periods:
-        if loaded.trained_through is not None and period <= loaded.trained_through:
+        if has_seen(loaded.trained_through, period):
             raise ConfigError(
                 f"{model}@{chosen} was trained through {loaded.trained_through}: scoring {period} would flatter it; "
                 "choose an earlier version (rayfm snapshots list) or a later period"

@@ -138,6 +138,29 @@ def test_a_teacher_that_saw_the_period_is_refused(tmp_path, trained_through):
     assert LabelStore(tmp_path).list() == []
 
 
+@pytest.mark.parametrize(
+    ("trained_through", "period", "leaks"),
+    [
+        ("2022-04-25", "2022-04-25T00", True),
+        ("2022-04-25", "2022-04-25T23", True),
+        ("2022-04-25", "2022-04-26T00", False),
+        ("2022-04-25", "2022-04-24T23", True),
+        ("2022-04-25T05", "2022-04-25", True),  # some of the day's hours
+        ("2022-04-25T23", "2022-04-26", False),
+        ("2022-04-25T23", "2022-04-24", True),
+        ("2022-04-25T05", "2022-04-25T05", True),
+        ("2022-04-25T05", "2022-04-25T06", False),
+        (None, "2022-04-25", False),
+    ],
+)
+def test_days_and_hours_are_compared_by_what_they_share(tmp_path, trained_through, period, leaks):
+    if not leaks:
+        write(tmp_path, trained_through=trained_through, period=period)
+        return
+    with pytest.raises(LabelError, match=f"was trained through {trained_through} and must not label period {period}"):
+        write(tmp_path, trained_through=trained_through, period=period)
+
+
 def test_a_teacher_that_saw_nothing_or_less_may_label(tmp_path):
     for lane, seen in enumerate((None, "2022-04-25", "2022-04-25T23")):
         assert LabelStore(tmp_path).commit([write(tmp_path, lane, trained_through=seen)]).added == 1

@@ -63,7 +63,7 @@ def test_a_version_is_not_scored_on_what_it_saw(tmp_path):
         example_schema=config.schema_.dump(),
         tasks=("click",),
     )
-    for seen in PERIODS[:2]:
+    for seen in (*PERIODS[:2], f"{PERIODS[1]}T23"):  # an hour of the last day too
         with pytest.raises(ConfigError, match=f"was trained through 2024-01-02: scoring {seen} would flatter it"):
             parts.evaluate(config, "vm.none.1", (seen,))
     with pytest.raises(DataError, match="period 2024-01-03 is not in the store; run `rayfm prepare`"):
