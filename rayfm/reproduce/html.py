@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from rayfm import __version__
 from rayfm.report.figures import PALETTE, with_intervals
 from rayfm.report.html import write_page
 from rayfm.report.sections import Grid, Listing, Section
+from rayfm.reproduce import study
 from rayfm.reproduce.show import MARKS, SMALLEST_P, counted, number, ours
 from rayfm.reproduce.table import TABLES, Figure, Result
 
@@ -15,7 +17,8 @@ _CLASSES = {"held": "better", "not": "worse", "open": ""}
 
 
 def write_tables(results: list[Result], facts: dict[str, str], path: Path) -> Path:
-    """Write the page; returns its path."""
+    """Write the page, with ``facts`` and the code that the numbers are of at its top; returns its path."""
+    facts = {**facts, "code": f"rayfm {__version__}, numbers {study.NUMBERS}"}
     write_page(path, "The papers' tables, reproduced", facts, [_section(result) for result in results])
     return path
 

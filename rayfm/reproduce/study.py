@@ -7,9 +7,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 
+from rayfm import __version__
 from rayfm.config import ConfigError, validate
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.reproduce.scope import Mapping, Scope
+
+NUMBERS = 1
+"""Raise it with every change of the code that changes a number of a table: of a source, model, objective, trainer or
+metric. What was prepared and trained before is not found any more then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +92,7 @@ def pipeline_mapping(study: Study, scope: Scope, folder: str, run: str) -> Mappi
     teachers = {name: {"training": training, **teacher} for name, teacher in study.teachers.items()}
     mapping: Mapping = {
         "name": run,
-        "storage": f"{folder}/data/{scope.source}{'-quick' if scope.quick else ''}",
+        "storage": f"{folder}/data/{scope.source}{'-quick' if scope.quick else ''}-{NUMBERS}",
         "runs": f"{folder}/runs",
         "seeds": list(scope.seeds),
         "data": scope.base["data"],
@@ -116,7 +121,7 @@ def study_config(study: Study, scope: Scope, folder: str, run: str) -> PipelineC
 
 
 def fingerprint(study: Study, scope: Scope, student: str, variant: str) -> str:
-    """A hash of all that one variant's numbers depend on; equal ones are not trained again.
+    """A hash of all that one variant's numbers depend on, the code included; equal ones are not trained again.
 
     Whether other students are trained beside it does not matter: they share no parameter and no random number.
     """
@@ -133,5 +138,6 @@ def fingerprint(study: Study, scope: Scope, student: str, variant: str) -> str:
     dump["teachers"] = {name: teacher for name, teacher in dump["teachers"].items() if name in read}
     for key in ("ray", "serving", "runs", "storage", "label_store", "name"):
         dump.pop(key)
+    dump["code"] = [__version__, NUMBERS]
     text = json.dumps(dump, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

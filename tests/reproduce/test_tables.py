@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+import rayfm
 from rayfm.config import ConfigError
 from rayfm.metrics.intervals import Estimate, Sample
 from rayfm.pipeline.plan import choose_periods, periods_to_label, student_specs, teacher_spec
+from rayfm.reproduce import study as study_module
 from rayfm.reproduce.html import write_tables
 from rayfm.reproduce.parts import auxiliary, direct, student, teacher
 from rayfm.reproduce.run import reproduce
-from rayfm.reproduce.runner import Runner
+from rayfm.reproduce.runner import DONE, Runner
 from rayfm.reproduce.scope import Scope, example_of, open_scope
 from rayfm.reproduce.show import show
 from rayfm.reproduce.splits import exfm_slides, exfm_warmup, progressive
@@ -107,6 +111,22 @@ def test_a_fingerprint_is_of_what_a_variant_depends_on(scope: Scope) -> None:
     assert fingerprint(base, seeds, "fm", "none") != fingerprint(base, scope, "fm", "none")
 
 
+@pytest.mark.parametrize("name", ["NUMBERS", "__version__"])
+def test_what_other_code_trained_is_not_found(
+    name: str, scope: Scope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = study(scope, fm=student(scope, "fm", {"none": []}))
+    done = tmp_path / "runs" / "s" / DONE
+    done.parent.mkdir(parents=True)
+    done.write_text(json.dumps({"study": "s", "fingerprints": [fingerprint(base, scope, "fm", "none")]}))
+    assert Runner(scope, tmp_path).missing(base).variants == []
+    storage = study_config(base, scope, "x", "run").storage
+    monkeypatch.setattr(study_module, name, "1234.5" if name == "__version__" else 1234)
+    assert Runner(scope, tmp_path).missing(base).variants == [("fm", "none")]
+    # A source that changed is prepared again as well.
+    assert (study_config(base, scope, "x", "run").storage == storage) == (name == "__version__")
+
+
 def test_verdicts_by_hand() -> None:
     claims = [
         Claim("clearly better", "ne", sample(-0.01)),
@@ -156,6 +176,7 @@ def test_a_page_shows_numbers_figures_and_verdicts(tmp_path) -> None:
     for expected in ("exfm-table2", ".7100±.0123", "held", "<svg", "A &lt;note&gt;.", "undecided"):
         assert expected in page, expected
     assert "Configuration" not in page
+    assert f"rayfm {rayfm.__version__}, numbers {study_module.NUMBERS}" in page
 
 
 @pytest.mark.parametrize("name", list(TABLES))
