@@ -2,12 +2,12 @@
 
 ::
 
-    journal.sqlite                  one row per batch: the commit
+    journal.sqlite                  the newest batch, its commit; what the ones before it leave behind
     staging/<batch>/                what the batch writes, before its commit
     state/impressions-<batch>.arrow, state/feedback-<batch>.arrow
     examples/period=<p>/batch-<batch>.parquet       moved here after the commit; so are corrections/ and rejects/
     complete/period=<p>.json        the period gets no further example
-    counts.jsonl                    one line per batch
+    counts.jsonl                    one line per batch, from the table `counts`
 
 A batch writes its files to ``staging`` and ``state``, then commits the new offsets, watermark, counts and the files'
 names in one SQLite transaction, then moves the files to their places. Killed before the commit, it leaves nothing that
@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,18 @@ from rayfm.data.store import file_sha256
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS batches (batch INTEGER PRIMARY KEY, record TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS counts (batch INTEGER PRIMARY KEY, line TEXT NOT NULL, stop INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS offsets (source TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS files (
     path TEXT PRIMARY KEY, batch INTEGER NOT NULL, dataset TEXT NOT NULL, period TEXT NOT NULL, rows INTEGER NOT NULL,
     sha256 TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS files_by_period ON files (dataset, period);
 CREATE TABLE IF NOT EXISTS periods (
     dataset TEXT NOT NULL, period TEXT NOT NULL, start_us INTEGER NOT NULL, complete INTEGER,
     PRIMARY KEY (dataset, period));
 """
 
-EXAMPLES = "examples"
+EXAMPLES, COUNTS = "examples", "counts.jsonl"
 
 
 class BatchCommitted(RayfmError):
@@ -122,13 +124,15 @@ class Journal:
             raise DataError(f"{self.root}: cannot be written ({error.strerror}); name another root") from None
         self._closed = False
         try:
+            self._upgrade()
             self._recover()
         except BaseException as error:
             self.close()
-            if not isinstance(error, OSError):
+            if not isinstance(error, (OSError, sqlite3.Error)):
                 raise
+            where = getattr(error, "filename", None) or self.root
             raise DataError(
-                f"{error.filename or self.root}: cannot be written ({error.strerror}); fix access, or free space"
+                f"{where}: cannot be written ({getattr(error, 'strerror', error)}); fix access, or free space"
             ) from None
 
     def close(self) -> None:
@@ -159,6 +163,25 @@ class Journal:
                 "another root"
             )
 
+    def _upgrade(self) -> None:
+        """Bring a journal that kept the record of every batch, with the counts in it, to what this class writes."""
+        run = self._database.execute
+        if run("SELECT 1 FROM counts").fetchone() is not None or self.last() is None:
+            return
+        (self.root / COUNTS).unlink(missing_ok=True)  # which nobody synced: it is written anew
+        run("BEGIN")
+        for batch, text in run("SELECT batch, record FROM batches ORDER BY batch"):
+            self._add_counts(batch, json.loads(text)["counts"])
+        run("DELETE FROM batches WHERE batch < (SELECT max(batch) FROM batches)")
+        run("COMMIT")
+
+    def _add_counts(self, batch: int, counts: Mapping[str, Any]) -> None:
+        """A batch's line, and where it ends in the file, in bytes."""
+        line = json.dumps(counts) + "\n"
+        last = self._database.execute("SELECT stop FROM counts ORDER BY batch DESC LIMIT 1").fetchone()
+        stop = len(line.encode()) + (0 if last is None else last[0])
+        self._database.execute("INSERT INTO counts VALUES (?, ?, ?)", (batch, line, stop))
+
     def meta(self, key: str) -> str | None:
         """A value that stays."""
         row = self._database.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
@@ -169,9 +192,18 @@ class Journal:
         self._database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     def last(self) -> Record | None:
-        """The newest batch."""
+        """The newest batch.
+
+        Raises:
+            DataError: its record is of another form.
+        """
         row = self._database.execute("SELECT record FROM batches ORDER BY batch DESC LIMIT 1").fetchone()
-        return None if row is None else Record.model_validate_json(row[0])
+        try:
+            return None if row is None else Record.model_validate_json(row[0])
+        except ValueError:
+            raise DataError(
+                f"{self.root}/journal.sqlite: the newest batch's record cannot be read; remove the folder and join anew"
+            ) from None
 
     def offsets(self) -> dict[str, Any]:
         """Where each source stands, as the newest batches said."""
@@ -273,6 +305,8 @@ class Journal:
             for key, text in meta.items():
                 self.set_meta(key, text)
             run("INSERT INTO batches VALUES (?, ?)", (record.batch, record.model_dump_json()))
+            run("DELETE FROM batches WHERE batch < ?", (record.batch,))
+            self._add_counts(record.batch, record.counts)
             run("COMMIT")
         except sqlite3.DatabaseError as error:
             if self._database.in_transaction:
@@ -282,8 +316,7 @@ class Journal:
             ) from None
         try:
             self._publish(record)
-            with (self.root / "counts.jsonl").open("a") as lines:
-                lines.write(json.dumps(record.counts) + "\n")
+            self._write_counts()
         except BaseException as error:
             self.close()
             if not isinstance(error, Exception):
@@ -335,16 +368,25 @@ class Journal:
         else:
             shutil.rmtree(self.root / "staging", ignore_errors=True)
             self._drop_segments(None)
-        lines = [json.dumps(entry.counts) + "\n" for entry in self.records()]
-        self._write(self.root / "counts.jsonl", "".join(lines))
+        self._write_counts()
+
+    def _write_counts(self) -> None:
+        """Write the lines that the file lacks. The newest is written in any case: the others were synced before it was
+        committed, so after a power cut it alone may stand there in part."""
+        path = self.root / COUNTS
+        with disk_errors(path), path.open("ab") as file:
+            batch, stop = self._database.execute(
+                "SELECT batch, stop FROM counts WHERE stop <= ? AND batch < (SELECT max(batch) FROM counts) "
+                "ORDER BY batch DESC LIMIT 1",
+                (file.tell(),),
+            ).fetchone() or (0, 0)
+            file.truncate(stop)
+            for (line,) in self._database.execute("SELECT line FROM counts WHERE batch > ? ORDER BY batch", (batch,)):
+                file.write(line.encode())
+            sync_open(file)
 
     def _write(self, path: Path, text: str) -> None:
         write_durably(path, lambda file: file.write(text.encode()), only_writer=True)
-
-    def records(self) -> Iterator[Record]:
-        """Every batch, in order."""
-        for (text,) in self._database.execute("SELECT record FROM batches ORDER BY batch"):
-            yield Record.model_validate_json(text)
 
 
 def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:

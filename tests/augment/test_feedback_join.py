@@ -521,6 +521,61 @@ def test_the_state_on_disk_is_bounded(tmp_path, monkeypatch):
     )
 
 
+def some_batches(join: FeedbackJoin, first: int, count: int) -> None:
+    """An impression and a click a batch, ids falling; nothing is over after them."""
+    for number in range(first, first + count):
+        join.process(impressions((1000 - number, number / 100)), {"clicks": clicks((f"c{number}", 1000 - number, 1))})
+
+
+def test_the_journal_does_not_grow_with_the_batches(tmp_path):
+    """One record stands; a start writes no more of counts.jsonl than what it lacks."""
+    config, path = join_config(tmp_path), tmp_path / "counts.jsonl"
+    with FeedbackJoin(config) as join:
+        some_batches(join, 0, 30)
+    with sqlite3.connect(tmp_path / "journal.sqlite") as database:
+        assert database.execute("SELECT batch FROM batches").fetchall() == [(30,)]
+    whole = path.read_bytes()
+    assert [json.loads(line)["batch"] for line in whole.splitlines()] == list(range(1, 31))
+    old = path.stat().st_ino
+    for damaged in (whole[:-20], whole + b"more", whole[:-50] + b"\0" * 50, whole[:3000], whole):
+        path.write_bytes(damaged)
+        FeedbackJoin(config).close()
+        assert path.read_bytes() == whole
+        assert path.stat().st_ino == old, "the file is mended, not made anew"
+    path.unlink()
+    FeedbackJoin(config).close()
+    assert path.read_bytes() == whole
+
+
+def test_a_journal_with_a_record_of_every_batch_is_brought_on(tmp_path):
+    """As it was written before: each batch's record with its counts, and no table of them."""
+    config, path = join_config(tmp_path), tmp_path / "counts.jsonl"
+    with FeedbackJoin(config) as join:
+        some_batches(join, 0, 5)
+        state = join.state
+    lines = path.read_text()
+    with sqlite3.connect(tmp_path / "journal.sqlite") as database:
+        ((newest,),) = database.execute("SELECT record FROM batches").fetchall()
+        database.execute("DELETE FROM batches")
+        for number, line in enumerate(lines.splitlines(), start=1):
+            record = {**json.loads(newest), "batch": number, "counts": json.loads(line)}
+            database.execute("INSERT INTO batches VALUES (?, ?)", (number, json.dumps(record)))
+        database.execute("DROP TABLE counts")
+        database.execute("DROP INDEX files_by_period")
+    path.write_text(lines[:-7])
+    with FeedbackJoin(config) as join:
+        assert (join.batch, path.read_text()) == (5, lines)
+        assert join.state.feedback.equals(state.feedback)
+        some_batches(join, 5, 1)
+        assert path.read_text().startswith(lines)
+        assert path.read_text().count("\n") == 6
+    with sqlite3.connect(tmp_path / "journal.sqlite") as database:
+        assert database.execute("SELECT batch FROM batches").fetchall() == [(6,)]
+        database.execute("UPDATE batches SET record = '{}'")
+    with pytest.raises(DataError, match="the newest batch's record cannot be read; remove the folder and join anew"):
+        FeedbackJoin(config)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -51,7 +51,7 @@ def journal(root: Path) -> dict[str, list[Any]]:
     with sqlite3.connect(root / "journal.sqlite") as database:
         return {
             table: database.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()
-            for table in ("batches", "offsets", "files", "periods")
+            for table in ("batches", "counts", "offsets", "files", "periods")
         }
 
 
