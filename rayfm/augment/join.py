@@ -27,6 +27,9 @@ from rayfm.schema import EXAMPLE_ID, TIME
 COMPACT_ROWS = 65_536
 """Segments are written anew when they hold more than twice the rows that are needed, and this many beside."""
 
+COMPACT_SEGMENTS = 256
+"""More segments than these are merged: each is a file, mapped into memory and read at the start."""
+
 _FREE = ("batch_rows", "max_state_rows", "root", "labelling", "random_logs")
 """Keys that may change between two runs of a join; so may the streams' paths."""
 
@@ -286,19 +289,24 @@ class FeedbackJoin:
     def _keep_impressions(
         self, batch: int, state: State, segments: Mapping[int, pa.Table]
     ) -> tuple[State, dict[int, pa.Table]]:
-        """The segments that the state needs, the batch's own written; all of them as one where most rows are gone."""
+        """The segments that the state needs, the batch's own written. It takes up all others where most rows are gone,
+        and where they are too many the smaller half: a row is then copied a few times, however many batches follow."""
         live = {int(number) for number in np.unique(state.index.segment)}
         held = {number: table for number, table in segments.items() if number in live}
-        needed = len(state.index)
-        if sum(table.num_rows for table in held.values()) > 2 * needed + COMPACT_ROWS:
-            rows = gather(held, state.index)
-            index = Index(
-                state.index.example_id,
-                state.index.time,
-                np.full(needed, batch, np.int64),
-                np.arange(needed, dtype=np.int64),
-            )
-            held, state = {batch: rows}, dataclasses.replace(state, index=index)
+        merged: list[int] = []
+        if sum(table.num_rows for table in held.values()) > 2 * len(state.index) + COMPACT_ROWS:
+            merged = list(held)
+        elif len(held) > COMPACT_SEGMENTS:
+            merged = sorted(held, key=lambda number: (number != batch, held[number].num_rows, number))[: len(held) // 2]
+        if merged:
+            mine = np.isin(state.index.segment, merged)
+            part = state.index.take(mine)
+            rows = gather({number: held[number] for number in merged}, part)
+            segment, row = state.index.segment.copy(), state.index.row.copy()
+            segment[mine], row[mine] = batch, np.arange(len(part))
+            index = dataclasses.replace(state.index, segment=segment, row=row)
+            held = {number: table for number, table in held.items() if number not in merged} | {batch: rows}
+            state = dataclasses.replace(state, index=index)
         if batch in held:
             held[batch] = self._journal.write_segment(IMPRESSIONS, batch, held[batch])
         return state, held
@@ -312,7 +320,7 @@ class FeedbackJoin:
         new = done.events
         if not needed:
             return {}
-        if sum(rows.values()) > 2 * needed + COMPACT_ROWS:
+        if sum(rows.values()) > 2 * needed + COMPACT_ROWS or len(rows) > COMPACT_SEGMENTS:
             rows, new = {batch: needed}, done.state.feedback
         if batch in rows:
             self._journal.write_segment("feedback", batch, new)

@@ -59,10 +59,19 @@ class Index:
     @classmethod
     def of(cls, segment: int, impressions: pa.Table) -> Index:
         """The index of one segment's rows."""
-        ids: Int64 = impressions[EXAMPLE_ID].to_numpy()
-        index = cls(
-            ids, impressions[TIME].to_numpy(), np.full(len(ids), segment, np.int64), np.arange(len(ids), dtype=np.int64)
+        return cls.of_all({segment: impressions})
+
+    @classmethod
+    def of_all(cls, segments: Mapping[int, pa.Table]) -> Index:
+        """The index of all segments' rows, sorted once; rows of one id by rising segment."""
+        if not segments:
+            return cls.empty()
+        numbers = sorted(segments)
+        sizes = [segments[number].num_rows for number in numbers]
+        ids, times = (
+            np.concatenate([segments[number][name].to_numpy() for number in numbers]) for name in (EXAMPLE_ID, TIME)
         )
+        index = cls(ids, times, np.repeat(numbers, sizes), np.concatenate([np.arange(size) for size in sizes]))
         return index.take(np.argsort(ids, kind="stable"))
 
     def take(self, rows: Int64 | Bool) -> Index:
@@ -153,9 +162,7 @@ def restore(
         feedback: the same, as `FEEDBACK`.
         seen, watermark: after the newest batch.
     """
-    index = Index.empty()
-    for segment in sorted(impressions):
-        index, _ = index.merge(Index.of(segment, impressions[segment]))
+    index = Index.of_all(impressions)
     index = index.take(remembered(rules, index.time, watermark))
     events = _standing(feedback)
     place = index.find(events[EXAMPLE_ID].to_numpy())

@@ -7,6 +7,7 @@ import json
 import sqlite3
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -574,6 +575,37 @@ def test_a_journal_with_a_record_of_every_batch_is_brought_on(tmp_path):
         database.execute("UPDATE batches SET record = '{}'")
     with pytest.raises(DataError, match="the newest batch's record cannot be read; remove the folder and join anew"):
         FeedbackJoin(config)
+
+
+def test_many_small_batches_do_not_make_many_segments(tmp_path, monkeypatch):
+    import rayfm.augment.join as module
+
+    monkeypatch.setattr(module, "COMPACT_SEGMENTS", 8)
+    config = join_config(tmp_path)
+    written = 0
+    with FeedbackJoin(config) as join:
+        for number in range(100):
+            some_batches(join, number, 1)
+            files = sorted((tmp_path / "state").iterdir())
+            for kind in ("impressions", "feedback"):
+                assert sum(path.name.startswith(kind) for path in files) <= 9
+            newest = tmp_path / "state" / f"impressions-{join.batch:08d}.arrow"
+            written += pa.ipc.open_file(pa.memory_map(str(newest))).read_all().num_rows
+        state = join.state
+    assert len(state.index) == state.feedback.num_rows == 100
+    assert written < 100 * 6, "all of them anew for each eighth batch would be more"
+    sorts, argsort = [], np.argsort
+    monkeypatch.setattr(np, "argsort", lambda *args, **kwargs: sorts.append(1) or argsort(*args, **kwargs))
+    with FeedbackJoin(config) as join:
+        assert len(sorts) == 1, "however many segments there are"
+        for name in ("example_id", "time", "segment", "row"):
+            assert getattr(join.state.index, name).tolist() == getattr(state.index, name).tolist()
+        assert join.state.feedback.equals(state.feedback)
+        join.process(through=at(100))
+    rows = read(tmp_path, "examples")
+    assert [(row["example_id"], row["price"], row["click"]) for row in rows] == [
+        (1000 - number, 1000 - number, 1.0) for number in range(100)
+    ]
 
 
 @pytest.mark.parametrize(
