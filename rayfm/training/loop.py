@@ -34,6 +34,7 @@ from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, worl
 from rayfm.training.export_check import CHECKED_ROWS, check_draft, trained_rows
 from rayfm.training.learner import Learner
 from rayfm.training.lost_labels import lose_labels
+from rayfm.training.ranks import sum_over_ranks
 from rayfm.training.spec import Coordinator, LabelSource, PinnedLabels, TrainerSpec
 
 AnswerT = TypeVar("AnswerT")
@@ -300,10 +301,7 @@ class TrainingLoop:
             for part, seconds in vars(learner.clock).items():
                 parts.add(part, seconds)
             learner.clock = type(learner.clock)()
-        examples = torch.tensor(float(partial["examples"]))
-        if self.world > 1:
-            dist.all_reduce(examples)
-        return int(examples)
+        return int(sum_over_ranks(torch.tensor(partial["examples"]), self.device))
 
     def _training_reader(self, index: int, start: int, labels: dict[str, PinnedLabels]) -> Reader:
         training = self.spec.training
@@ -446,14 +444,10 @@ class TrainingLoop:
         return index, state
 
     def _checkpoint(self, cursor: Cursor, labels: dict[str, PinnedLabels], partial: dict[str, Any]) -> None:
-        sums = self.rates.state_dict()["sums"].clone()
+        sums = sum_over_ranks(self.rates.state_dict()["sums"], self.device)
         # A finished period's record holds the total already; only the count of a period under way is this rank's own.
-        examples = torch.tensor(float(partial["examples"] if cursor.step or self.rank == 0 else 0))
-        if self.world > 1:
-            moved = sums.to(self.device)
-            dist.all_reduce(moved)
-            sums = moved.cpu()
-            dist.all_reduce(examples)
+        own = partial["examples"] if cursor.step or self.rank == 0 else 0
+        examples = sum_over_ranks(torch.tensor(own), self.device)
         rates = {task: sums[i].tolist() for i, (task, _) in enumerate(self.tasks)}
         shared = {**partial, "examples": int(examples), "calibration": self.calibration}
         state = CheckpointState(
