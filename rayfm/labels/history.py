@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ KEY, WEIGHT, VECTOR = "key", "weight", "vector"
 FORGOTTEN = 1e-3
 """An entity whose weight has decayed below this is left out, so that the state does not grow for ever."""
 ROWS_AT_ONCE = 16_384
+GATHERED_VALUES = 1 << 18
+"""Values, at the least, that an update gathers before it adds them to its sums."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,27 +84,38 @@ class HistoryState:
     def then(self, decay: float, rows: Iterable[tuple[pa.Array, Float32]]) -> HistoryState:
         """The state one period later.
 
+        Memory is of the order of the state and of one part, whatever the period's rows: what is gathered joins the sums
+        as soon as it is as large as they are. So time is linear in the rows too.
+
         Args:
             decay: what an earlier impression counts for now.
             rows: keys ``[N]`` and representations ``[N, R]`` of the period's impressions, part by part.
         """
-        keys: list[pa.Array] = [self.keys]
-        weights, sums = [decay * self.weight], [decay * self.weight[:, None] * self.vector.astype(np.float64)]
+        sums: Sums = self.keys, decay * self.weight, decay * self.weight[:, None] * self.vector.astype(np.float64)
+        gathered: list[Sums] = []
         for part, vectors in rows:
             if len(part):
-                ones = np.ones(len(part))
-                key, weight, total = _grouped(part, ones, vectors.astype(np.float64))
-                keys.append(key)
-                weights.append(weight)
-                sums.append(total)
-        merged = pa.concat_arrays([part.cast(self.keys.type) for part in keys])
-        key, weight, total = _grouped(merged, np.concatenate(weights), np.concatenate(sums))
+                keys = part.cast(self.keys.type)
+                gathered.append(_grouped(keys, np.ones(len(part)), vectors.astype(np.float64)))
+            if sum(total.size for _, _, total in gathered) > max(sums[2].size, GATHERED_VALUES):
+                sums, gathered = _added(sums, gathered), []
+        key, weight, total = _added(sums, gathered)
         kept = weight >= FORGOTTEN
         vector = (total[kept] / weight[kept, None]).astype(np.float32)
         return HistoryState(key.filter(pa.array(kept)), weight[kept], vector)
 
 
-def _grouped(keys: pa.Array, weight: Float64, total: Float64) -> tuple[pa.Array, Float64, Float64]:
+Sums = tuple[pa.Array, Float64, Float64]
+"""Keys ``[K]``, each once, with their weights ``[K]`` and sums ``[K, R]``."""
+
+
+def _added(sums: Sums, others: Sequence[Sums]) -> Sums:
+    """All of them as one, the keys in the order in which they first stand."""
+    keys, weights, totals = zip(sums, *others, strict=True)
+    return _grouped(pa.concat_arrays(keys), np.concatenate(weights), np.concatenate(totals))
+
+
+def _grouped(keys: pa.Array, weight: Float64, total: Float64) -> Sums:
     """Sums by key, the keys in the order of their first row."""
     if not len(keys):
         return keys, weight, total

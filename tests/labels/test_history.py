@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from example_store import write_store
 
 from rayfm.config import LabelError
 from rayfm.data.store import ExampleStore
-from rayfm.labels import LabelLookup, LabelStore, Retention, expire
+from rayfm.labels import LabelLookup, LabelStore, Retention, expire, history
 from rayfm.labels.history import HistoryLookup, HistorySpec, HistoryState, HistoryStore
 from rayfm.schema import Task
 from rayfm.snapshots import SQLiteMetadataStore
@@ -48,6 +49,42 @@ def test_who_was_not_seen_for_long_is_forgotten():
         state = state.then(0.5, [])
     assert as_dict(state) == {"a": (0.5**9, [1.0])}
     assert len(state.then(0.5, []).keys) == 0
+
+
+def parts(count: int, rows: int, width: int):
+    """Each of ``rows`` keys once a part: sums that float64 holds exactly, in any order."""
+    for number in range(count):
+        keys = np.random.default_rng(number).permutation(rows)
+        yield pa.array(keys), np.repeat((keys % 7 + number)[:, None], width, 1).astype(np.float32)
+
+
+def test_memory_does_not_grow_with_the_rows():
+    empty, peaks = HistoryState.empty(32, pa.int64()), []
+    for count in (12, 48):
+        tracemalloc.start()
+        state = empty.then(0.5, parts(count, 4096, 32))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert (state.weight == count).all()
+        expected = (np.asarray(state.keys) % 7 + (count - 1) / 2).astype(np.float32)
+        np.testing.assert_array_equal(state.vector, np.repeat(expected[:, None], 32, 1))
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_how_parts_are_gathered_changes_nothing(monkeypatch):
+    """Also not the order of the keys, nor where the keys of a part are of another type than the state's."""
+    before = HistoryState.empty(2, pa.string()).then(1.0, [(pa.array(["b", "9"]), np.ones((2, 2), np.float32))])
+    rows = [(part.cast(pa.int32()), vectors) for part, vectors in parts(9, 50, 2)]
+    found = []
+    for values in (0, 150, 10**9):
+        monkeypatch.setattr(history, "GATHERED_VALUES", values)
+        found.append(before.then(0.5, rows))
+    assert found[0].keys.to_pylist()[:2] == ["b", "9"]
+    assert len(found[0].keys) == 51
+    for other in found[1:]:
+        assert other.keys.equals(found[0].keys)
+        np.testing.assert_array_equal(other.weight, found[0].weight)
+        np.testing.assert_array_equal(other.vector, found[0].vector)
 
 
 @pytest.fixture
