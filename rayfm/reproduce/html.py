@@ -11,7 +11,7 @@ from rayfm.report.html import write_page
 from rayfm.report.sections import Grid, Listing, Section
 from rayfm.reproduce import study
 from rayfm.reproduce.show import MARKS, SMALLEST_P, counted, number, ours
-from rayfm.reproduce.table import TABLES, Figure, Result
+from rayfm.reproduce.table import TABLES, Figure, Judged, Result
 
 _CLASSES = {"held": "better", "not": "worse", "open": ""}
 
@@ -39,16 +39,23 @@ def _section(result: Result) -> Section:
         rows.append(cells)
     note = " ".join(["± is half the 95 % interval over users and seeds.", *result.notes])
     section.parts.append(Listing("The paper's numbers beside ours", header, rows, note))
-    rows = []
-    for judged in result.claims:
+    section.parts.append(_claims("The paper's claims", result.claims))
+    if result.apart:
+        note = "The paper has no such claims; they are corrected among themselves, and not counted."
+        section.parts.append(_claims("Tested beside them", result.apart, note))
+    return section
+
+
+def _claims(title: str, claims: list[Judged], note: str = "") -> Listing:
+    rows: list[list[object]] = []
+    for judged in claims:
         found = judged.estimate
         numbers = ("-", "-", "-") if found is None else tuple(f"{v:+.4f}" for v in (found.value, found.lo, found.hi))
         p = "-" if math.isnan(judged.p) else f"{judged.p:.2g}" if judged.p >= SMALLEST_P else f"< {SMALLEST_P:g}"
         verdict = (MARKS[judged.verdict], _CLASSES[judged.verdict])
         rows.append([(judged.claim.text, "name"), judged.claim.metric, *numbers, p, verdict])
     header = ["claim", "metric", "difference", "lo", "hi", "p, Holm", "verdict"]
-    section.parts.append(Listing("The paper's claims", header, rows))
-    return section
+    return Listing(title, header, rows, note)
 
 
 def _grid(figure: Figure) -> Grid:

@@ -69,9 +69,16 @@ def show(result: Result, title: str, console: Console) -> None:
         table.add_row(*cells)
         before = row.labels[:-1]
     console.print(table)
-    for judged in result.claims:
-        lines = textwrap.wrap(claim_line(judged), width=78, subsequent_indent=" " * 11)
-        console.print("\n".join(lines), style="dim" if judged.verdict == "open" else None, highlight=False)
+    _show_claims(result.claims, console)
+    if result.apart:
+        console.print("Beside the paper's signs, corrected among themselves and not counted:", highlight=False)
+        _show_claims(result.apart, console)
     for note in result.notes:
         console.print(textwrap.fill(note, 78), highlight=False)
     console.print(f"[bold]{counted(result)}[/bold]\n", highlight=False)
+
+
+def _show_claims(claims: list[Judged], console: Console) -> None:
+    for judged in claims:
+        lines = textwrap.wrap(claim_line(judged), width=78, subsequent_indent=" " * 11)
+        console.print("\n".join(lines), style="dim" if judged.verdict == "open" else None, highlight=False)

@@ -30,7 +30,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A sign that the paper reports, and the measured difference behind it."""
+    """A sign that the paper reports (or that is tested beside its own), and the measured difference behind it."""
 
     text: str
     metric: str
@@ -45,7 +45,7 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """A claim with its estimate, the p value corrected for the table's other claims, and what follows."""
+    """A claim with its estimate, the p value corrected for those that are judged with it, and what follows."""
 
     claim: Claim
     estimate: Estimate | None
@@ -55,7 +55,7 @@ class Judged:
 
 
 def judge(claims: list[Claim]) -> list[Judged]:
-    """Holm-corrected verdicts on the claims of one table."""
+    """Holm-corrected verdicts on the claims of one table, or on those that it lists apart."""
     adjusted = holm([math.nan if claim.sample is None else p_value(claim.sample) for claim in claims])
     judged = []
     for claim, p in zip(claims, adjusted, strict=True):
@@ -99,9 +99,11 @@ class Result:
     claims: list[Judged]
     notes: list[str]
     figure: Figure | None = None
+    apart: list[Judged] = dataclasses.field(default_factory=list)
+    """What is tested beside the paper's signs: corrected among themselves, and not counted."""
 
     def counted(self) -> dict[Verdict, int]:
-        """How many claims have which verdict."""
+        """How many of the paper's claims have which verdict."""
         return {
             verdict: sum(judged.verdict == verdict for judged in self.claims) for verdict in ("held", "not", "open")
         }

@@ -179,6 +179,46 @@ def test_a_page_shows_numbers_figures_and_verdicts(tmp_path) -> None:
     assert f"rayfm {rayfm.__version__}, numbers {study_module.NUMBERS}" in page
 
 
+class FilledRunner:
+    """Gives every variant the same value, and every pair the same difference."""
+
+    def comparison(self, studies: list[Study], *students: str) -> FilledRunner:
+        return self
+
+    def value(self, *of: str) -> Estimate:
+        return Estimate(0.7, 0.69, 0.71, 3)
+
+    def difference(self, one: tuple[str, str], other: tuple[str, str], *of: str) -> Sample:
+        return sample(-0.0013)
+
+
+def test_what_the_paper_does_not_claim_is_judged_and_counted_apart(scope: Scope) -> None:
+    days = dataclasses.replace(scope, periods=tuple(f"2024-01-{d:02}" for d in range(1, 15)))
+    result = TABLES["exfm-table2"]().fill(days, FilledRunner())
+    # Three steps of three teachers for three students, in two metrics.
+    assert len(result.claims) == 54
+    assert not any("chosen" in judged.claim.text for judged in result.claims)
+    assert len(result.apart) == 9
+    assert all("chosen on the warm-up days ahead of none" in judged.claim.text for judged in result.apart)
+    assert sum(result.counted().values()) == 54
+    # Of equal p values Holm multiplies each by the number of claims in the family.
+    p = judge([result.apart[0].claim])[0].p
+    assert [judged.p for judged in result.apart] == pytest.approx([9 * p] * 9)
+    assert result.claims[0].p == pytest.approx(min(1.0, 54 * p))
+
+
+def test_what_is_apart_is_shown_apart(tmp_path) -> None:
+    result = dataclasses.replace(filled(), apart=judge([Claim("chosen beside them", "auc", sample(0.01))]))
+    out = io.StringIO()
+    show(result, "A title", Console(file=out, width=80))
+    assert "not counted:\nheld       chosen beside them: auc +0.0100" in out.getvalue()
+    assert "1 of the paper's 2 signs held; 1 undecided, 0 the other way" in out.getvalue()
+    page = write_tables([result], {}, tmp_path / "tables.html").read_text()
+    assert page.index("Tested beside them") < page.index("chosen beside them")
+    assert "1 of the paper&#39;s 2 signs held" in page
+    assert "Tested beside them" not in write_tables([filled()], {}, tmp_path / "other.html").read_text()
+
+
 @pytest.mark.parametrize("name", list(TABLES))
 def test_every_table_asks_for_studies_that_are_valid(name: str, quick: Scope, scope: Scope, tmp_path) -> None:
     for each in (quick, scope):

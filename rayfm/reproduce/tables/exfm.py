@@ -60,6 +60,7 @@ class ExFMTable2(Table):
         warmup = exfm_warmup(scope)
         rows: list[Row] = []
         claims: list[Claim] = []
+        apart: list[Claim] = []
         chosen: list[str] = []
         for position, name in enumerate(STUDENTS):
             comparison = runner.comparison(studies, name)
@@ -79,9 +80,10 @@ class ExFMTable2(Table):
                     best = _best(early, name, [variants[method] for method in METHODS])
                     chosen.append(f"{pair}: {best.removesuffix(f'-{source}')}")
                     text = f"{pair}: the variant chosen on the warm-up days ahead of none"
-                    claims.append(contest.better(text, best, "none"))
+                    apart.append(contest.better(text, best, "none"))
         notes = ["Chosen on the warm-up slide by logloss: " + "; ".join(chosen) + "."] if chosen else []
-        return Result("exfm-table2", ("student", "teacher", "method"), ("auc", "logloss"), rows, judge(claims), notes)
+        labels, metrics = ("student", "teacher", "method"), ("auc", "logloss")
+        return Result("exfm-table2", labels, metrics, rows, judge(claims), notes, apart=judge(apart))
 
 
 def _best(comparison: Comparison, student: str, variants: list[str]) -> str:
