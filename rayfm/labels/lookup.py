@@ -107,6 +107,9 @@ class LaneLabels:
         self.version, self.kind, self.lane, self.tasks, self.name = version, kind, lane, tasks, name
         self.width, self._data = width, data
         self._groups = sorted((group for path in paths for group in self._row_groups(path)), key=_positions)
+        bounds = np.array([_positions(group) for group in self._groups], np.int64).reshape(-1, 2)
+        self._low, self._high = bounds[:, 0], bounds[:, 1]
+        self._reach = np.maximum.accumulate(self._high)
         self._kept: OrderedDict[tuple[str, int], LabelRows] = OrderedDict()
         self._by_id: tuple[Int64, LabelRows] | None = None
 
@@ -170,8 +173,7 @@ class LaneLabels:
 
     def _between(self, start: int, stop: int) -> LabelRows:
         """Labels at positions ``[start, stop)``."""
-        reach = ((group, *_positions(group)) for group in self._groups)
-        parts = [self._read(group) for group, low, high in reach if low < stop and high >= start]
+        parts = [self._read(self._groups[index]) for index in self._holding(start, stop)]
         for group in list(self._kept)[: max(0, len(self._kept) - max(KEPT_GROUPS, len(parts)))]:
             del self._kept[group]
         cut = []
@@ -179,6 +181,15 @@ class LaneLabels:
             low, high = np.searchsorted(part.row, (start, stop))
             cut.append(part.take(slice(low, high)))
         return self._merged(cut)
+
+    def _holding(self, start: int, stop: int) -> list[int]:
+        """Places of the row groups that may hold positions ``[start, stop)``.
+
+        Two searches, as a lane is read in as many slices as it has groups. Groups may overlap, and are in the order of
+        their first positions: those before ``first`` end before ``start``, as ``reach`` is the furthest so far.
+        """
+        first, last = np.searchsorted(self._reach, start), np.searchsorted(self._low, stop)
+        return [index for index in range(int(first), int(last)) if self._high[index] >= start]
 
     def _joined(self) -> tuple[Int64, LabelRows]:
         """The whole lane, and the order of its ids. Kept, as a lane that needs it once needs it again."""

@@ -9,6 +9,7 @@ from deltalake import DeltaTable
 
 from rayfm.config import LabelError
 from rayfm.labels import LabelLookup, LabelStore, files, lane_file
+from rayfm.labels.lookup import _positions
 from rayfm.schema import Task
 
 TASKS = (Task(name="click"), Task(name="like"))
@@ -44,6 +45,34 @@ def store_lanes(root, *lanes, version="v1", period=PERIOD):
     LabelStore(root).label(
         "fm", version, None, period, [("impression", lane, table) for lane, table in enumerate(lanes)], TASKS
     )
+
+
+def test_a_slice_looks_at_the_row_groups_that_it_reaches(tmp_path, monkeypatch):
+    ids = example_ids(64 * 30, 0)
+    store_lanes(tmp_path, labels_of(ids))
+    lane = LabelLookup((tmp_path, None), "fm", "v1", ("click",)).lane(PERIOD, "impression", 0)
+    asked: list = []
+    monkeypatch.setattr("rayfm.labels.lookup._positions", lambda group: asked.append(group) or _positions(group))
+    for start in range(0, len(ids), 64):
+        values, mask = lane.rows(start, start + 64, ids[start : start + 64])
+        assert mask.all()
+        np.testing.assert_array_equal(values[:, 0], predictions(ids[start : start + 64])[:, 0])
+    assert asked == [], "their bounds are known since the lane was opened"
+
+
+def test_row_groups_that_overlap_are_all_found(tmp_path):
+    """Bounds as other programs' files have them: overlapping, one inside another, unknown."""
+    store_lanes(tmp_path, labels_of(example_ids(64, 0)))
+    lane = LabelLookup((tmp_path, None), "fm", "v1", ("click",)).lane(PERIOD, "impression", 0)
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        low = np.sort(random.integers(0, 40, random.integers(0, 8)))
+        high = low + random.integers(0, 30, len(low))
+        if len(low):
+            low[0], high[0] = (0, np.iinfo(np.int64).max) if random.random() < 0.3 else (low[0], high[0])
+        lane._low, lane._high, lane._reach = low, high, np.maximum.accumulate(high)
+        start, stop = np.sort(random.integers(0, 80, 2)).tolist()
+        assert lane._holding(start, stop) == np.flatnonzero((low < stop) & (high >= start)).tolist()
 
 
 def test_positional_answers(tmp_path):
