@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from rayfm.schema import Schema
 from rayfm.snapshots.publish import TensorSlice
 from rayfm.training.calibration import CountsCalibration
 from rayfm.training.config import TrainingConfig
+from rayfm.training.dropout import has_dropout, step_masks
 from rayfm.training.init import fill_normal
 from rayfm.training.lost_labels import LostLabels, lose_labels
 from rayfm.training.module import TrainModule
@@ -116,6 +118,7 @@ class Learner:
         model = build_model(config.model, schema, config.tasks, embedding_device=torch.device("meta"))
         objectives = build_objectives(config.objectives, schema, config.tasks, model.representation_dim)
         module = TrainModule(model, objectives, bf16=training.precision == "bf16")
+        self._drops = has_dropout(module)
         fuse_table_optimizers(module, training, schema.tables)
         placement = stored_placement(plan_path, module, training, self.world, write=self.rank == 0)
         unsharded = collections(module)
@@ -185,9 +188,11 @@ class Learner:
         if not self.dmp.training:  # setting it walks through every module, a tenth of a small model's step
             self.dmp.train()
         self.optimizers.begin(step)
-        if self._ahead:
-            self._pre_step(batch)
-        sums = self.dmp(batch)
+        masks = step_masks(self.config.seed, step, self.rank, self.device) if self._drops else nullcontext()
+        with masks:
+            if self._ahead:
+                self._pre_step(batch)
+            sums = self.dmp(batch)
         totals = self._reduce(sums)
         forward = time.perf_counter()
         loss = self._loss(sums, totals)
