@@ -207,6 +207,17 @@ def test_what_the_paper_does_not_claim_is_judged_and_counted_apart(scope: Scope)
     assert result.claims[0].p == pytest.approx(min(1.0, 54 * p))
 
 
+def test_a_mean_age_may_end_in_half_a_day(scope: Scope) -> None:
+    days = dataclasses.replace(scope, periods=tuple(f"2024-01-{d:02}" for d in range(1, 15)))
+    result = TABLES["exfm-fig9"]().fill(days, FilledRunner())
+    # Eight test days, the teachers trained through the day before the first one and two days earlier: 1 to 8 days old,
+    # and 3 to 10.
+    assert [row.labels[0] for row in result.rows] == ["-", *["1 d", "4.5 d", "6.5 d"] * 2]
+    assert result.figure is not None
+    assert [line.x for line in result.figure.series] == [(1.0, 4.5, 6.5)] * 2
+    assert "teacher 6.5 d old" in result.claims[-1].claim.text
+
+
 def test_what_is_apart_is_shown_apart(tmp_path) -> None:
     result = dataclasses.replace(filled(), apart=judge([Claim("chosen beside them", "auc", sample(0.01))]))
     out = io.StringIO()

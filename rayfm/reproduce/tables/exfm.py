@@ -219,17 +219,17 @@ class ExFMFig9(Table):
 
     title = "ExFM Figure 9: a teacher that stopped training, with and without the adapter"
 
-    def _stops(self, scope: Scope) -> dict[str, tuple[str | None, int]]:
+    def _stops(self, scope: Scope) -> dict[str, tuple[str | None, float]]:
         """Teacher -> (last period it trains on, its mean age in days over the test periods)."""
         days = progressive(scope)
         periods = scope.periods[: scope.periods.index(days["last"]) + 1]
         warmup, tests = days["warmup"], len(periods) - days["warmup"]
-        stops: dict[str, tuple[str | None, int]] = {"dmin_fresh": (None, 1)}
+        stops: dict[str, tuple[str | None, float]] = {"dmin_fresh": (None, 1.0)}
         for back in (1,) if scope.quick else (1, 3):
             if warmup - back >= 1:
                 # Trained through periods[warmup - back]; test period j lies j + back days later.
                 age = back + (tests - 1) / 2
-                stops[f"dmin_{back}_before"] = (periods[warmup - back], round(age))
+                stops[f"dmin_{back}_before"] = (periods[warmup - back], age)
         return stops
 
     def studies(self, scope: Scope) -> list[Study]:
@@ -251,14 +251,14 @@ class ExFMFig9(Table):
             points = []
             for name, (_, age) in stops.items():
                 ours = contest.values(f"{method}-{name}", "auc", "ne")
-                rows.append(Row((f"{age} d", METHOD_NAMES[method]), (None, None), ours))
+                rows.append(Row((f"{age:g} d", METHOD_NAMES[method]), (None, None), ours))
                 if ours[0] is not None:
-                    points.append((float(age), ours[0]))
+                    points.append((age, ours[0]))
             lines.append(Series(METHOD_NAMES[method], tuple(x for x, _ in points), tuple(y for _, y in points)))
             text = f"{METHOD_NAMES[method]}: a fresh teacher ahead of the stalest"
             claims.append(contest.better(text, f"{method}-{fresh}", f"{method}-{stale[-1]}"))
         for name, (_, age) in stops.items():
-            text = f"teacher {age} d old: the adapter adds to the auxiliary head"
+            text = f"teacher {age:g} d old: the adapter adds to the auxiliary head"
             claims.append(contest.better(text, f"aux_adapter-{name}", f"auxiliary-{name}"))
         figure = Figure("AUC by the teacher's age", "mean age of the teacher, days", "AUC", tuple(lines))
         return Result("exfm-fig9", ("age", "method"), ("auc", "ne"), rows, judge(claims), [], figure)
