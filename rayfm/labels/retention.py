@@ -104,16 +104,16 @@ def expire(store: LabelStore, retention: Retention, dry_run: bool = False, also_
 def _chosen(stored: Sequence[LabelGroup], retention: Retention) -> dict[Stored, int]:
     """What the retention names -> its rows."""
     rows: dict[Stored, int] = {}
-    lanes: dict[Stored, set[tuple[str, int]]] = {}
+    lanes: dict[tuple[str, str], dict[str, set[tuple[str, int]]]] = {}
+    """(teacher, period) -> version -> what it has labelled."""
     for part in stored:
         what = (part.teacher, part.period, part.version)
         rows[what] = rows.get(what, 0) + part.rows
-        lanes.setdefault(what, set()).add((part.kind, part.lane))
+        lanes.setdefault(what[:2], {}).setdefault(part.version, set()).add((part.kind, part.lane))
 
     def newer(what: Stored) -> int:
-        return sum(
-            other[:2] == what[:2] and other[2] > what[2] and held >= lanes[what] for other, held in lanes.items()
-        )
+        beside = lanes[what[:2]]
+        return sum(version > what[2] and held >= beside[what[2]] for version, held in beside.items())
 
     return {
         what: count

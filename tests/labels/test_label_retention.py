@@ -9,7 +9,7 @@ from deltalake import DeltaTable
 from stored_lanes import LANES, PERIOD, ROWS, all_lanes, check_complete, lane_labels, run_job, write
 
 from rayfm.config import ConfigError, LabelError, validate
-from rayfm.labels import LabelLookup, LabelStore, Retention, compact, expire
+from rayfm.labels import LabelGroup, LabelLookup, LabelStore, Retention, compact, expire, retention
 from rayfm.snapshots import SQLiteMetadataStore
 
 A, B, C = "2022-04-23-aa", "2022-04-24-bb", "2022-04-25-cc"
@@ -51,6 +51,31 @@ def test_as_many_superseding_versions_as_asked_for(store):
     assert what(expire(store, Retention(keep_versions=2)))[0][2] == A
     assert store.versions("fm") == [B, C]
     assert expire(store, Retention(keep_versions=2)) == []
+
+
+class Period(str):
+    """Counts how often one is compared to another."""
+
+    compared = 0
+
+    def __eq__(self, other):
+        Period.compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_a_version_is_compared_to_those_of_its_period_alone():
+    periods = [Period(f"p{number:04d}") for number in range(300)]
+    stored = [
+        LabelGroup("fm", period, version, "impression", lane, 10, 10)
+        for period in periods
+        for version in (A, B)
+        for lane in range(2)
+    ]
+    chosen = retention._chosen(stored, Retention(keep_versions=1))
+    assert chosen == {("fm", period, A): 20 for period in periods}
+    assert Period.compared < 10 * len(stored), "and not one for each pair of periods"
 
 
 def test_old_periods_go(store):
