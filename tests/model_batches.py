@@ -1,11 +1,16 @@
-"""A schema with every kind of feature, small configs of every model, and random batches of it."""
+"""A schema with every kind of feature, small configs of every model, random batches of it, and a comparison."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from rayfm.data.batch import Batch
+from rayfm.export.served import ServedModel, probabilities
 from rayfm.models import MODELS, Model, build_model
+from rayfm.models.base import ModelOutput
 from rayfm.models.synthetic import synthetic_batch
 from rayfm.schema import Feature, Schema, Table, Task
 
@@ -73,3 +78,14 @@ def random_batch(rows: int = 32, seed: int = 0, **options: Any) -> Batch:
 def is_table(name: str) -> bool:
     """Whether a parameter is a table of an embedding collection."""
     return "embedding_bags" in name or ".embeddings." in name
+
+
+def max_difference(trained: Callable[[Batch], ModelOutput], served: ServedModel, batch: Batch) -> dict[str, float]:
+    """Task -> the largest absolute difference between the trained model's predictions and the served one's.
+
+    The served model's calibrator is left out: it is meant to change predictions.
+    """
+    with torch.no_grad():
+        expected = probabilities(served.model.schema, trained(batch).logits)
+        found = probabilities(served.model.schema, served.model(batch).logits)
+    return {task: float((expected[task] - found[task]).abs().max()) for task in expected}

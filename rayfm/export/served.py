@@ -5,7 +5,7 @@ Shape letters: B examples, H width of the representation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -91,22 +91,6 @@ def export_model(
     served = ServedModel(model, calibrator)
     served.requires_grad_(False)
     return served.eval()
-
-
-def max_difference(trained: Callable[[Batch], ModelOutput], served: ServedModel, batch: Batch) -> dict[str, float]:
-    """Task -> the largest absolute difference between the trained model's predictions and the served one's.
-
-    The served model's calibrator is left out: it is meant to change predictions.
-
-    Args:
-        trained: the model as it was trained, sharded or not, in evaluation mode.
-        served: the exported model.
-        batch: any examples, at least one, on the device of both.
-    """
-    with torch.no_grad():
-        expected = probabilities(served.model.schema, trained(batch).logits)
-        found = probabilities(served.model.schema, served.model(batch).logits)
-    return {task: float((expected[task] - found[task]).abs().max()) for task in expected}
 
 
 def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_batches import SCHEMA, TASKS, random_batch, small_config, small_model
+from model_batches import SCHEMA, TASKS, max_difference, random_batch, small_config, small_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,7 +14,7 @@ from rayfm.config import ConfigError
 from rayfm.distill import OBJECTIVES
 from rayfm.distill.build import build_objectives
 from rayfm.distill.supervised import Supervised
-from rayfm.export.served import ServedModel, export_model, max_difference
+from rayfm.export.served import ServedModel, export_model
 from rayfm.models import Model
 
 CLICK = {"tasks": ("click",)}

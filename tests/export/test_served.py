@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_batches import SCHEMA, SIZES, TASKS, random_batch, small_config, small_model
+from model_batches import SCHEMA, SIZES, TASKS, max_difference, random_batch, small_config, small_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rayfm.config import SnapshotError
 from rayfm.distill import OBJECTIVES
 from rayfm.export.calibrator import Calibrator
-from rayfm.export.served import ServedModel, export_model, max_difference
+from rayfm.export.served import ServedModel, export_model
 from rayfm.models import Model
 
 
@@ -115,7 +115,7 @@ def test_a_calibrator_travels_with_the_tensors() -> None:
     expected = torch.sigmoid(tensors["calibrator.click.scale"] * z + tensors["calibrator.click.shift"])
     torch.testing.assert_close(served(batch)["click"].double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(served(batch)["watch"], plain(batch)["watch"])
-    assert max_difference(model, served, batch)["click"] == 0  # the check leaves the calibrator out
+    assert max_difference(model, served, batch)["click"] == 0
 
 
 def test_foreign_tensors_are_refused() -> None:
