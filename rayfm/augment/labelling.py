@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rayfm.augment.config import AugmentConfig
 from rayfm.augment.shared import SharedDataset
+from rayfm.augment.versions import Holds
 from rayfm.augment.views import LabellingConfig, ScoringTeacherConfig, ViewConfig
 from rayfm.augment.window import ScoringTeacher
-from rayfm.config import ConfigError, LabelError, SnapshotError, nearest
+from rayfm.config import ConfigError, SnapshotError, nearest
 from rayfm.data.sources.base import Period
 from rayfm.data.sources.parquet import LENGTHS
 from rayfm.labels.columns import check_task
@@ -19,6 +21,7 @@ from rayfm.models.base import MODELS
 from rayfm.schema import Schema
 from rayfm.serving.teacher import TeacherHere
 from rayfm.snapshots.load import SnapshotStore
+from rayfm.snapshots.manifest import SnapshotManifest
 
 
 def label_windows(
@@ -40,7 +43,8 @@ def label_windows(
     Raises:
         ConfigError: the config has no ``labelling``, or a view names what its teacher's examples lack.
         LabelError: every version of a teacher was trained on the period, or the one that is named was.
-        SnapshotError: a teacher is not published.
+        SnapshotError: a teacher is not published, or every version that might score is being deleted; the metadata
+            store cannot be opened, or does not answer.
         DataError: as `SharedDataset.label`.
     """
     labelling = config.labelling
@@ -53,56 +57,35 @@ def label_windows(
             continue
         handle = TeacherHere(labelling.snapshots, teacher.model) if handles is None else handles(name, teacher)
         shared = SharedDataset(config.root, name)
-        with shared.lock():
-            for period, file in shared.waiting():
-                scoring = scoring_teacher(store, name, teacher, period, handle)
-                for student, view in students.items():
-                    check_view(student, view, scoring.example_schema)
-                counts = shared.label(
-                    _period(period, config.period), file, scoring, students, labelling.rows_per_request
-                )
-                done.append(counts)
-                if watch is not None:
-                    watch(counts)
+        with shared.lock(), Holds(store, labelling.metadata) as holds:
+            for period, waiting in itertools.groupby(shared.waiting(), key=lambda place: place[0]):
+                with holds.version(name, teacher, period) as manifest:
+                    scoring = scoring_teacher(name, teacher, manifest, handle)
+                    for student, view in students.items():
+                        check_view(student, view, scoring.example_schema)
+                    for _, file in waiting:
+                        counts = shared.label(
+                            _period(period, config.period), file, scoring, students, labelling.rows_per_request
+                        )
+                        done.append(counts)
+                        if watch is not None:
+                            watch(counts)
     return done
 
 
-def scoring_teacher(
-    store: SnapshotStore, name: str, config: ScoringTeacherConfig, period: str, handle: Any
-) -> ScoringTeacher:
-    """The version of a teacher that scores a period: the one that the config names, or the newest that did not see it.
+def scoring_teacher(name: str, config: ScoringTeacherConfig, manifest: SnapshotManifest, handle: Any) -> ScoringTeacher:
+    """A version of a teacher as `rayfm.augment.window` wants it.
 
     Raises:
-        SnapshotError: nothing is published.
-        LabelError: every version was trained on the period, or a task is not one of the teacher's.
+        LabelError: a task is not one of the teacher's.
     """
-    version = config.version
-    if version is None:
-        versions = store.versions(config.model)
-        if not versions:
-            raise SnapshotError(
-                f"no version of {config.model!r} in {store.root}{nearest(config.model, store.models())}"
-            )
-        fresh = [
-            version
-            for version in versions
-            if (through := store.manifest(config.model, version).trained_through) is None
-            or through < period[: len(through)]
-        ]
-        if not fresh:
-            raise LabelError(
-                f"every version of {config.model!r} was trained on period {period} or a later one: labels of it would "
-                "be a leak; publish versions period by period"
-            )
-        version = fresh[-1]
-    manifest = store.manifest(config.model, version)
     tasks = manifest.tasks if config.tasks is None else config.tasks
     for task in tasks:
-        check_task(task, manifest.tasks, f"{name}@{version}")
+        check_task(task, manifest.tasks, f"{name}@{manifest.version}")
     model = MODELS[manifest.config["type"]].Config.model_validate(manifest.config)
     return ScoringTeacher(
         name=name,
-        version=version,
+        version=manifest.version,
         trained_through=manifest.trained_through,
         example_schema=Schema.model_validate(manifest.example_schema),
         features=model.features,

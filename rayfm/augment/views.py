@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayfm.config import Config, DataError, nearest
 from rayfm.data.sources.base import KIND_COLUMN
 from rayfm.schema import EXAMPLE_ID, LOGGED_PREFIX, TIME, TRAFFIC, WEIGHTS_SUFFIX, Kind
+from rayfm.snapshots.metadata.url import check_metadata_url
 
 STAGE = "stage_reached"
 VERSION_PREFIX = "version/"
@@ -68,9 +69,18 @@ class LabellingConfig(Config):
     snapshots: str
     """The folder that holds ``snapshots/``: a run's."""
 
+    metadata: str | None = None
+    """URL of the snapshots' metadata store, where the versions that score are held. By default the run's own:
+    metadata.sqlite in the same folder."""
+
     teachers: dict[Name, ScoringTeacherConfig] = Field(min_length=1)
     students: dict[Name, ViewConfig] = Field(min_length=1)
     rows_per_request: int = Field(8192, gt=0)
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata(cls, url: str | None) -> str | None:
+        return None if url is None else check_metadata_url(url)
 
     @model_validator(mode="after")
     def _consistent(self) -> LabellingConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from example_store import DAY_US, every_feature_rows, every_feature_schema
 
 from rayfm.augment.config import AugmentConfig
 from rayfm.augment.join import FeedbackJoin
-from rayfm.augment.labelling import label_windows, scoring_teacher, student_view
+from rayfm.augment.labelling import label_windows, student_view
 from rayfm.augment.shared import SharedDataset
+from rayfm.augment.versions import METADATA, Holds, fresh_versions
 from rayfm.augment.views import ViewConfig, with_clusters
 from rayfm.augment.window import ScoringTeacher, label_window
 from rayfm.config import ConfigError, DataError, LabelError, SnapshotError, validate
@@ -24,9 +26,10 @@ from rayfm.data.sources.base import Period
 from rayfm.data.sources.parquet import ParquetConfig, ParquetSource
 from rayfm.data.store import ExampleStore
 from rayfm.models import MODELS, build_model
+from rayfm.pipeline.tickets import metadata_path
 from rayfm.schema import Schema
-from rayfm.serving.teacher import load_version, score_table
-from rayfm.snapshots import SnapshotStore
+from rayfm.serving.teacher import TeacherHere, load_version, score_table
+from rayfm.snapshots import Collector, SnapshotStore, SQLiteMetadataStore
 from rayfm.snapshots.publish import publish
 
 SCHEMA = Schema.model_validate(
@@ -475,11 +478,112 @@ def test_a_period_that_every_version_saw(root):
     config = config_of(root).labelling.teachers["large"]
     store = SnapshotStore(root / "run")
     with pytest.raises(LabelError, match=r"every version .* was trained on period 2024-01-01 or a later one"):
-        scoring_teacher(store, "large", config, "2024-01-01", None)
-    assert scoring_teacher(store, "large", config, "2024-01-02T07", None).version == "2024-01-01-aaaaaaaa"
+        next(fresh_versions(store, config, "2024-01-01"))
+    assert next(fresh_versions(store, config, "2024-01-02T07")).version == "2024-01-01-aaaaaaaa"
     with pytest.raises(ConfigError, match="no 'labelling'"):
         label_windows(config_of(root, labelling=None))
     with pytest.raises(ConfigError, match="labelling needs emit: complete"):
         config_of(root, emit="per_task")
     with pytest.raises(ConfigError, match="no student 'fed' in the config's labelling; did you mean 'feed'"):
         student_view(config_of(root), "fed", "2024-01-02")
+
+
+def scored_root(root: Path, tmp_path: Path, files: int = 3) -> AugmentConfig:
+    """Files of 2024-01-02 to score, and the versions of `root` with two older ones."""
+    shutil.copytree(root / "run" / "snapshots", tmp_path / "run" / "snapshots")
+    schema = every_feature_schema()
+    config = MODELS["dcnv2"].Config(embedding_dim=8, hidden=(8,), features=FEATURES)
+    model = build_model(config, schema, TASKS, seed=5)
+    for through in ("2023-12-30", "2023-12-31"):
+        publish(
+            tmp_path / "run", MODEL, f"{through}-aaaaaaaa", dict(model.state_dict()), trained_through=through,
+            config=config.dump(), example_schema=schema.dump(), tasks=TASKS,
+        )  # fmt: skip
+    folder = tmp_path / "examples" / "period=2024-01-02"
+    folder.mkdir(parents=True)
+    for number in range(files):
+        rows = every_feature_rows(30, 1, start=DAY).set_column(0, "example_id", pa.array(np.arange(30) + 30 * number))
+        pq.write_table(rows, folder / f"batch-{number:08d}.parquet")
+    labelling = config_of(root).labelling.dump() | {"snapshots": str(tmp_path / "run")}
+    return config_of(root, root=str(tmp_path), labelling=labelling)
+
+
+def collector_of(config: AugmentConfig) -> Collector:
+    run = Path(config.labelling.snapshots)
+    return Collector(SnapshotStore(run), SQLiteMetadataStore(metadata_path(run)), keep=1)
+
+
+def test_a_teacher_is_chosen_once_a_period(root, tmp_path, monkeypatch):
+    config, read = scored_root(root, tmp_path), []
+    manifest = SnapshotStore.manifest
+    monkeypatch.setattr(
+        SnapshotStore, "manifest", lambda self, model, version: read.append(version) or manifest(self, model, version)
+    )
+    handle = CountingTeacher("2024-01-01-aaaaaaaa")
+
+    class Both(CountingTeacher):
+        def remote(self, table, version):
+            answer = handle.remote(table, version)
+            answer.predictions = answer.predictions.rename_columns(list(TASKS))
+            return answer
+
+    assert [counts["scored"] for counts in label_windows(config, lambda name, teacher: Both())] == [30, 30, 30]
+    assert read == ["2024-01-02-aaaaaaaa", "2024-01-01-aaaaaaaa", "2024-01-01-aaaaaaaa"], (
+        "from the newest to the first that did not see the period, which is looked at again under its lease"
+    )
+
+
+def test_the_version_that_scores_is_not_collected(root, tmp_path):
+    """Old versions are collected between the teacher's choice and its load, and with each request after it."""
+    config = scored_root(root, tmp_path)
+    held = []
+
+    class Collected(TeacherHere):
+        def remote(self, table, version, representation=False):
+            collector = collector_of(config)
+            collector.expire(MODEL)
+            collector.sweep(MODEL)
+            held.append([lease.owner for lease in collector.holders(MODEL, version)])
+            return super().remote(table, version, representation)
+
+    done = label_windows(config, lambda name, teacher: Collected(config.labelling.snapshots, teacher.model))
+    assert [(counts["version"], counts["scored"]) for counts in done] == [("2024-01-01-aaaaaaaa", 30)] * 3
+    assert held == [["augment: large scores 2024-01-02"]] * 3
+    collector = collector_of(config)
+    assert collector.store.versions(MODEL) == ["2024-01-01-aaaaaaaa", "2024-01-02-aaaaaaaa"]
+    assert not collector.holders(MODEL, "2024-01-01-aaaaaaaa"), "given back"
+    collector.expire(MODEL)
+    assert collector.sweep(MODEL) == ["2024-01-01-aaaaaaaa"]
+
+
+def test_a_version_that_is_being_deleted_is_passed_over(root, tmp_path):
+    config = scored_root(root, tmp_path, files=1)
+    collector, teacher = collector_of(config), config.labelling.teachers["large"]
+    another = collector.metadata.acquire(f"snapshots/holds/{MODEL}/2024-01-01-aaaaaaaa/replica:a", "a replica", 60.0)
+    for version in ("2024-01-01-aaaaaaaa", "2023-12-30-aaaaaaaa"):
+        collector.metadata.compare_and_set(f"snapshots/tombstones/{MODEL}/{version}", b"", None)
+    (counts,) = label_windows(config)
+    assert counts["version"] == "2023-12-31-aaaaaaaa"
+    collector.expire(MODEL)
+    assert collector.sweep(MODEL) == ["2023-12-30-aaaaaaaa", "2023-12-31-aaaaaaaa"]
+    store = SnapshotStore(config.labelling.snapshots)
+    with Holds(store, None) as holds:
+        with (
+            pytest.raises(SnapshotError, match="every version that was not trained on period 2024-01-02 is being del"),
+            holds.version("large", teacher, "2024-01-02"),
+        ):
+            pass
+        named = teacher.model_copy(update={"version": "2024-01-01-aaaaaaaa"})
+        with pytest.raises(SnapshotError, match="is being deleted"), holds.version("large", named, "2024-01-02"):
+            pass
+    collector.metadata.release(another)
+
+
+def test_versions_are_held_in_the_metadata_store_that_is_named(root, tmp_path):
+    config = scored_root(root, tmp_path, files=1)
+    labelling = config.labelling.dump() | {"metadata": f"sqlite://{tmp_path}/elsewhere.sqlite"}
+    label_windows(config_of(root, root=str(tmp_path), labelling=labelling))
+    assert (tmp_path / "elsewhere.sqlite").exists()
+    assert not (tmp_path / "run" / METADATA).exists()
+    with pytest.raises(ConfigError, match=r"labelling\.metadata.*zookeeper://host:port"):
+        config_of(root, labelling=labelling | {"metadata": "redis://localhost"})
