@@ -5,6 +5,8 @@ Shape letters: B examples, C cells.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +27,8 @@ from rayfm.schema import Schema
 MAX_CELLS = 65_536
 TRAFFIC = "traffic"
 
+_LOG = logging.getLogger(__name__)
+
 
 class CountsCalibration(Config):
     """Calibrate on aggregated labels alone: how many positives each cell had in a period (SEAD section 3)."""
@@ -34,7 +38,8 @@ class CountsCalibration(Config):
     share a row share a cell."""
     counts: str | None = None
     """Parquet file of reported counts: columns ``period``, the one that ``by`` names, and one of counts for each task.
-    By default the examples' own labels are counted, hidden ones (``lost_labels``) too: for experiments."""
+    A period's counts are read when it is predicted; without any the calibrator stays as it was. By default the
+    examples' own labels are counted, hidden ones (``lost_labels``) too: for experiments."""
 
     def check(self, schema: Schema) -> None:
         """Refuse cells that the schema does not have.
@@ -106,18 +111,17 @@ class CountCalibration:
     """On the counts of cells.
 
     Args:
-        config: what a cell is, and where counts are.
+        config: what a cell is.
         schema: the pipeline's schema.
         tasks: the learner's binary tasks.
-        period: the period that is predicted.
-
-    Raises:
-        DataError: the file of counts cannot be read or lacks a column.
+        reported: this rank's share of the reported counts, ``[T, C]``; None: the examples' own labels are counted.
     """
 
-    def __init__(self, config: CountsCalibration, schema: Schema, tasks: tuple[str, ...], period: str) -> None:
+    def __init__(
+        self, config: CountsCalibration, schema: Schema, tasks: tuple[str, ...], reported: Tensor | None = None
+    ) -> None:
         self.config, self.sums = config, AggregatedSums(tasks, config.cells(schema))
-        self.reported = None if config.counts is None else reported_counts(config, schema, tasks, period)
+        self.reported = reported
 
     def add(self, batch: Batch, logits: dict[str, Tensor], rows: Tensor, seen: Batch) -> None:
         """As `Calibration.add`; labels are looked at only where they are to be counted."""
@@ -142,30 +146,47 @@ class CountCalibration:
         return cell, has_one
 
     def reduce_(self) -> None:
-        """As `Calibration.reduce_`. Reported counts are of all ranks' rows, so they are set after the sum."""
-        self.sums.reduce_()
+        """As `Calibration.reduce_`."""
         if self.reported is not None:
-            self.sums.counts = self.reported
+            self.sums.counts = self.reported.clone()
+        self.sums.reduce_()
 
     def fit(self, before: Fits) -> Fits:
         """As `Calibration.fit`."""
         return self.sums.fit(before)
 
 
-def reported_counts(config: CountsCalibration, schema: Schema, tasks: tuple[str, ...], period: str) -> Tensor:
-    """The counts of a period from the file: float64 ``[T, C]``; zeros for a period that it does not have.
+def reported_counts(
+    config: CountsCalibration, schema: Schema, tasks: tuple[str, ...], period: str, periods: tuple[str, ...]
+) -> Tensor:
+    """The counts of a period from the file: float64 ``[T, C]``; zeros, and a warning, where it has none of the period.
+
+    Args:
+        config: which file, and what a cell is.
+        schema: the pipeline's schema.
+        tasks: T of them.
+        period: whose counts.
+        periods: all of the run.
 
     Raises:
-        DataError: it cannot be read, lacks a column, or a count is negative or not finite.
+        DataError: it cannot be read, lacks a column, has periods and none of the run's, or a count is negative or not
+            finite.
     """
     path = Path(config.counts or "")
     columns = ["period", config.by, *tasks]
     try:
-        names = pq.read_schema(path).names
-        missing = [name for name in columns if name not in names]
+        fields = pq.read_schema(path)
+        missing = [name for name in columns if name not in fields.names]
         if missing:
             raise DataError(f"{path}: column {missing[0]!r} is missing; the file of counts has {', '.join(columns)}")
+        kind = fields.field("period").type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise DataError(
+                f"{path}: column 'period' is {kind}; write the periods as the run names them, as strings: {period!r}"
+            )
         table = pq.read_table(path, columns=columns, filters=[("period", "==", period)])
+        if table.num_rows == 0:
+            _none_of_period(path, period, periods)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path}: cannot read the counts ({error}); check calibrate.counts") from None
     counts = np.zeros((len(tasks), config.cells(schema)))
@@ -190,10 +211,56 @@ def reported_counts(config: CountsCalibration, schema: Schema, tasks: tuple[str,
     return torch.from_numpy(counts)
 
 
-def start_calibration(
-    calibrate: bool | CountsCalibration, schema: Schema, tasks: tuple[str, ...], period: str
-) -> Calibration:
-    """What gathers a period's predictions for a learner with this ``calibrate``."""
-    if isinstance(calibrate, CountsCalibration):
-        return CountCalibration(calibrate, schema, tasks, period)
-    return RowCalibration(tasks)
+def _none_of_period(path: Path, period: str, periods: tuple[str, ...]) -> None:
+    found = sorted(name for name in pc.unique(pq.read_table(path, columns=["period"])["period"]).to_pylist() if name)
+    span = f"{found[0]} .. {found[-1]}" if found else "none"
+    if found and not set(found) & set(periods):
+        raise DataError(
+            f"{path}: none of its periods ({span}) is one of the run's ({periods[0]} .. {periods[-1]}); write them as "
+            "the run names them, or leave out calibrate.counts"
+        )
+    _LOG.warning(
+        "%s: no counts of period %s (its periods: %s); the calibrator stays as it was before the period, and counts "
+        "that come later are not used",
+        path,
+        period,
+        span,
+    )
+
+
+def start_calibrations(
+    asked: Mapping[str, tuple[bool | CountsCalibration, tuple[str, ...]]],
+    schema: Schema,
+    period: str,
+    periods: tuple[str, ...],
+    rank: int,
+) -> dict[str, Calibration]:
+    """What gathers a period's predictions, for each learner that has a calibrator.
+
+    A file of counts is read by rank 0 alone, once for all learners: the sum over ranks brings it to the others.
+
+    Args:
+        asked: learner -> its ``calibrate`` and its binary tasks.
+        schema: the pipeline's schema.
+        period: the period that is predicted.
+        periods: all of the run.
+        rank: this one.
+
+    Raises:
+        DataError: as `reported_counts`.
+    """
+    read: dict[tuple[CountsCalibration, tuple[str, ...]], Tensor] = {}
+    found: dict[str, Calibration] = {}
+    for key, (calibrate, tasks) in asked.items():
+        if isinstance(calibrate, CountsCalibration):
+            reported = None
+            if calibrate.counts is not None and rank > 0:
+                reported = torch.zeros(len(tasks), calibrate.cells(schema), dtype=torch.float64)
+            elif calibrate.counts is not None:
+                if (calibrate, tasks) not in read:
+                    read[calibrate, tasks] = reported_counts(calibrate, schema, tasks, period, periods)
+                reported = read[calibrate, tasks]
+            found[key] = CountCalibration(calibrate, schema, tasks, reported)
+        elif calibrate:
+            found[key] = RowCalibration(tasks)
+    return found

@@ -29,7 +29,7 @@ from rayfm.schema import LOGGED_PREFIX
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import FileRecord, version_id
 from rayfm.snapshots.publish import SnapshotWriter, TensorSlice
-from rayfm.training.calibration import Calibration, start_calibration
+from rayfm.training.calibration import Calibration, start_calibrations
 from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, world_device
 from rayfm.training.export_check import CHECKED_ROWS, check_draft, trained_rows
 from rayfm.training.learner import Learner
@@ -178,16 +178,11 @@ class TrainingLoop:
         """Score a period that no learner has trained on, and store the sums of each learner's metrics."""
         states = {learner.config.key: self._metric_state() for learner in self.learners}
         binary = [name for name, kind in self.tasks if kind == "binary"]
-        calibrations = {
-            learner.config.key: start_calibration(
-                learner.config.calibrate,
-                self.spec.schema_,
-                tuple(task for task in learner.config.tasks if task in binary),
-                period,
-            )
-            for learner in self.learners
-            if learner.config.calibrate
+        asked = {
+            learner.key: (learner.calibrate, tuple(task for task in learner.tasks if task in binary))
+            for learner in self.spec.learners
         }
+        calibrations = start_calibrations(asked, self.spec.schema_, period, self.spec.periods, self.rank)
         columns = tuple(dict.fromkeys(c for learner in self.spec.learners for c in learner.reference.values()))
         labels: dict[str, PinnedLabels] = {}
         if self._histories() or any(column.split("/")[0] in self.spec.teachers for column in columns):

@@ -22,7 +22,8 @@ from rayfm.export.aggregated_sums import AggregatedSums
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.pipeline.plan import student_specs
 from rayfm.snapshots.load import SnapshotStore
-from rayfm.training.calibration import CountsCalibration, reported_counts
+from rayfm.training import calibration
+from rayfm.training.calibration import CountCalibration, CountsCalibration, reported_counts, start_calibrations
 from rayfm.training.loop import TrainingLoop
 from rayfm.training.lost_labels import LostLabels
 from rayfm.training.spec import TrainerSpec
@@ -117,7 +118,7 @@ def test_hidden_positives_are_made_up_for_by_their_counts(store: Path, tmp_path:
 def test_reported_counts_are_the_examples_own(store: Path, tmp_path: Path) -> None:
     for by in ("traffic", "ad"):
         config = CountsCalibration(by=by, counts=counts_file(store, tmp_path / f"{by}.parquet", by))
-        found = reported_counts(config, SCHEMA, ("click",), runs.PERIODS[1])
+        found = reported_counts(config, SCHEMA, ("click",), runs.PERIODS[1], runs.PERIODS)
         expected = torch.zeros(1, config.cells(SCHEMA), dtype=torch.float64)
         for lane in range(4):
             table = ExampleStore(store).open_lane(runs.PERIODS[1], "impression", lane).read()
@@ -129,7 +130,6 @@ def test_reported_counts_are_the_examples_own(store: Path, tmp_path: Path) -> No
             click = pc.fill_null(table["click"].cast(pa.float64()), 0.0).to_numpy()
             expected[0].index_add_(0, torch.from_numpy(cell.copy()).long(), torch.from_numpy(click.copy()))
         torch.testing.assert_close(found, expected)
-        assert not reported_counts(config, SCHEMA, ("click",), "2030-01-01").any()
 
 
 @pytest.mark.parametrize(
@@ -141,16 +141,62 @@ def test_reported_counts_are_the_examples_own(store: Path, tmp_path: Path) -> No
         ),
         ({"period": ["p"], "traffic": ["fed"], "click": [1]}, "traffic fed is not in the schema; did you mean 'feed'?"),
         ({"period": ["p"], "traffic": ["feed"], "click": [-1]}, "period p: a count of task 'click' is negative"),
+        (
+            {"period": ["20220501", "20220502"], "traffic": ["feed"] * 2, "click": [1, 1]},
+            "none of its periods (20220501 .. 20220502) is one of the run's (p .. q)",
+        ),
+        (
+            {"period": [20220501], "traffic": ["feed"], "click": [1]},
+            "column 'period' is int64; write the periods as the run names them, as strings: 'p'",
+        ),
     ],
 )
 def test_a_bad_file_of_counts_is_refused(tmp_path: Path, table: dict[str, list[Any]], expected: str) -> None:
     path = tmp_path / "counts.parquet"
     pq.write_table(pa.table(table), path)
     with pytest.raises(DataError) as raised:
-        reported_counts(CountsCalibration(by="traffic", counts=str(path)), SCHEMA, ("click",), "p")
+        reported_counts(CountsCalibration(by="traffic", counts=str(path)), SCHEMA, ("click",), "p", ("p", "q"))
     assert expected in str(raised.value)
     with pytest.raises(DataError, match="cannot read the counts"):
-        reported_counts(CountsCalibration(by="traffic", counts=str(tmp_path / "no")), SCHEMA, ("click",), "p")
+        reported_counts(CountsCalibration(by="traffic", counts=str(tmp_path / "no")), SCHEMA, ("click",), "p", ("p",))
+
+
+@pytest.mark.parametrize("had", [["q"], []])
+def test_a_period_without_counts_is_logged(tmp_path: Path, had: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "counts.parquet"
+    names = pa.array(had, pa.string())
+    pq.write_table(
+        pa.table({"period": names, "traffic": pa.array(["feed"] * len(had), pa.string()), "click": names}), path
+    )
+    config = CountsCalibration(by="traffic", counts=str(path))
+    assert not reported_counts(config, SCHEMA, ("click",), "p", ("p", "q")).any()
+    assert f"no counts of period p (its periods: {'q .. q' if had else 'none'}); the calibrator stays" in caplog.text
+
+
+def test_a_file_of_counts_is_read_once_and_by_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "counts.parquet"
+    pq.write_table(pa.table({"period": ["p"], "traffic": ["feed"], "click": [5.0]}), path)
+    config = CountsCalibration(by="traffic", counts=str(path))
+    asked: dict[str, Any] = dict.fromkeys(("one", "two"), (config, ("click",))) | {"rows": (True, ("click",))}
+    asked["none"] = (False, ("click",))
+    times = []
+
+    def read(*arguments: Any) -> torch.Tensor:
+        times.append(arguments)
+        return reported_counts(*arguments)
+
+    monkeypatch.setattr(calibration, "reported_counts", read)
+    first, second = (start_calibrations(asked, SCHEMA, "p", ("p",), rank) for rank in (0, 1))
+    assert len(times) == 1
+    assert list(first) == list(second) == ["one", "two", "rows"]
+    cell = SCHEMA.traffics.index("feed")
+    for key in ("one", "two"):
+        for ranks, expected in ((first, 5.0), (second, 0.0)):
+            own = ranks[key]
+            assert isinstance(own, CountCalibration)
+            own.reduce_()
+            own.sums.counts.mul_(2)  # as a sum over ranks does, in place
+            assert own.sums.counts[0, cell] == own.sums.counts.sum() == 2 * expected
 
 
 def test_the_config_names_cells_that_there_are(tmp_path: Path) -> None:
