@@ -10,6 +10,8 @@ import dataclasses
 import torch
 
 from rayfm.data.batch import Batch
+from rayfm.data.encode import Encoder
+from rayfm.data.steps import LaneCache, ReadPlan, count_steps, read_steps
 from rayfm.export.config import ExportCheck, Tolerance
 from rayfm.export.rows import CheckRows, only_inputs
 from rayfm.export.student import check_export
@@ -20,6 +22,19 @@ from rayfm.training.learner import Learner
 
 CHECKED_ROWS = 1024
 """Rows of a period that a version is checked on."""
+
+
+def first_step(plan: ReadPlan, encoder: Encoder, period: str) -> Batch | None:
+    """The first step's rows of all lanes, the same on every rank, and no others read; None in a period without rows."""
+    cache = LaneCache(plan)
+    manifest = cache.manifest(period)
+    if not count_steps(plan, manifest):
+        return None
+    rows = read_steps(plan, cache, period, range(manifest.lanes), 0, 1)
+    chunk = encoder.encode(
+        rows.table, rows.kind, rows.supervision, rows.supervision_mask, rows.representation, rows.representation_mask
+    )
+    return encoder.batch(chunk, 0, len(rows.step))
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from rayfm.snapshots.manifest import FileRecord, version_id
 from rayfm.snapshots.publish import SnapshotWriter, TensorSlice
 from rayfm.training.calibration import Calibration, start_calibrations
 from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, world_device
-from rayfm.training.export_check import CHECKED_ROWS, check_draft, trained_rows
+from rayfm.training.export_check import CHECKED_ROWS, check_draft, first_step, trained_rows
 from rayfm.training.learner import Learner
 from rayfm.training.lost_labels import lose_labels
 from rayfm.training.ranks import sum_over_ranks
@@ -383,7 +383,7 @@ class TrainingLoop:
             return None
         lanes = self.store.manifest(period).lanes
         plan, encoder = self._plan(period, (), {}, max(1, CHECKED_ROWS // lanes) * lanes, 0.0)
-        return next(iter(ArrowReader(plan, encoder, 0, 1).batches(period)), None)
+        return first_step(plan, encoder, period)
 
     def _publish_learner(self, learner: Learner, version: str, period: str, batch: Batch | None) -> None:
         config = learner.config
