@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import socket
 import threading
 from typing import Any
 
 from pydantic import ValidationError
 
-from rayfm.config import CapacityError, ConfigError
+from rayfm.config import ConfigError
 from rayfm.serving.gang.config import GangConfig
+from rayfm.serving.proxies import QUIET, Door, open_door
 from rayfm.serving.teacher import TeacherService, TeacherServiceConfig
 
 LOOPBACK = "127.0.0.1"
@@ -26,19 +25,6 @@ registers and unregisters modules of the whole process."""
 def application_name(run: str, teacher: str) -> str:
     """Name of the Serve application of a run's teacher."""
     return f"rayfm-{run}-{teacher}"
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises CapacityError where a port cannot be bound."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise CapacityError(
-                f"port {port} on {host} cannot be used ({error.strerror}); stop what listens there or choose another "
-                "with --set serving.http_port=PORT"
-            ) from None
 
 
 def start_teacher(
@@ -67,7 +53,7 @@ def start_teacher(
         row_wise_from: rows from which on a gang cuts a table over its members.
 
     Raises:
-        CapacityError: the port is in use.
+        CapacityError: the port is in use, or Ray Serve runs already and listens elsewhere.
         ConfigError: a gang that cannot be.
     """
     gang = None
@@ -76,16 +62,9 @@ def start_teacher(
         gang = gang_config(config, {**each, "row_wise_from": row_wise_from}, http_port)
     from ray import serve
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    if http_port is not None:
-        check_port(LOOPBACK, http_port)
     name = application_name(run, teacher)
     with _DEPLOYING:
-        serve.start(
-            proxy_location="Disabled" if http_port is None else "HeadOnly",
-            http_options=None if http_port is None else {"host": LOOPBACK, "port": http_port},
-            logging_config={"log_level": "ERROR", "enable_access_log": False},
-        )
+        open_door(None if http_port is None else Door(LOOPBACK, http_port))
         service: Any = TeacherService
         options: dict[str, Any] = {}
         if gang is not None:
@@ -102,7 +81,7 @@ def start_teacher(
             num_replicas=replicas,
             max_ongoing_requests=16,
             ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-            logging_config={"log_level": "ERROR", "enable_access_log": False},
+            logging_config=QUIET,
             **options,
         )
         application = deployment.bind((gang or config).dump())

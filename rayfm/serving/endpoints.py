@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +10,7 @@ import torch
 
 from rayfm.client.wire import Scored
 from rayfm.config import CapacityError, Config, ConfigError
-from rayfm.serving.application import application_name, check_port, gang_config, start_teacher, teacher_handle
+from rayfm.serving.application import application_name, gang_config, start_teacher, teacher_handle
 from rayfm.serving.backend import ScoringBackend, Teacher
 from rayfm.serving.follow import item_follower, student_follower
 from rayfm.serving.gang.gang import GangBroken
@@ -24,6 +23,7 @@ from rayfm.serving.nearline.application import consumer_name, make_intake, start
 from rayfm.serving.nearline.config import NearLineConfig
 from rayfm.serving.nearline.doorbell import check_installed
 from rayfm.serving.nearline.router import build_router
+from rayfm.serving.proxies import QUIET, Door, check_free, open_door
 from rayfm.serving.retrieval import retrieve_router
 from rayfm.serving.student import Students
 from rayfm.serving.teacher import TeacherServiceConfig
@@ -222,7 +222,8 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
     Raises:
         ConfigError: others could reach the endpoints without a token; gRPC's code, or the packages that near-line
             labels need, cannot be loaded; a teacher cannot be a gang as it is configured.
-        CapacityError: a port is in use, or Ray has too few CPUs or GPUs.
+        CapacityError: a port is in use, Ray Serve runs already and listens elsewhere, the run is served there already,
+            or Ray has too few CPUs or GPUs.
     """
     config = plan.endpoints
     check_bind(config, token, production)
@@ -231,9 +232,7 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
             gang_config(plan.service(teacher), teacher.gang())
     if plan.near_line():
         check_installed()
-    check_port(config.host, config.http_port)
     if config.grpc_port is not None:
-        check_port("0.0.0.0", config.grpc_port)
         _check_grpc()
     import ray
     from ray import serve
@@ -241,17 +240,15 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
     total = ray.cluster_resources()
     check_room(plan, total.get("CPU", 0.0), total.get("GPU", 0.0))
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    quiet = {"log_level": "ERROR", "enable_access_log": False}
-    serve.start(
-        proxy_location="EveryNode" if production else "HeadOnly",
-        http_options={"host": config.host, "port": config.http_port},
-        grpc_options=None
-        if config.grpc_port is None
-        # Reflection would tell anybody what can be called.
-        else {"port": config.grpc_port, "grpc_servicer_functions": [GRPC_SERVICER], "enable_reflection": False},
-        logging_config=quiet,
+    door = Door(
+        config.host,
+        config.http_port,
+        "EveryNode" if production else "HeadOnly",
+        config.grpc_port,
+        () if config.grpc_port is None else (GRPC_SERVICER,),
     )
+    open_door(door, "--set endpoints.http_port=PORT")
+    check_free(endpoints_name(plan.run), f"run {plan.run!r}")
     deployment: Any = serve.deployment(
         serve.ingress()(EndpointsReplica),
         name="Endpoints",
@@ -259,7 +256,7 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
         # The replica's own queues refuse with Retry-After; Serve's is for what they do not see: health, pages.
         max_ongoing_requests=2 * config.limits.max_queue + 32,
         ray_actor_options={"num_cpus": config.cpus},
-        logging_config=quiet,
+        logging_config=QUIET,
     )
     serve.run(deployment.bind(plan.dump(), TokenCheck(token)), name=endpoints_name(plan.run), route_prefix="/")
     # After what has a route: HAProxy does not report that it serves as long as nothing has one.

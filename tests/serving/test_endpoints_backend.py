@@ -14,7 +14,6 @@ from served_models import LocalTeacher, as_examples, candidate_rows, predictions
 from rayfm.client.wire import ARROW, Scored, write_stream, write_streams
 from rayfm.config import ConfigError, DataError, SnapshotError
 from rayfm.export.config import CompileConfig
-from rayfm.serving.application import check_port
 from rayfm.serving.backend import ScoringBackend
 from rayfm.serving.endpoints import EndpointsPlan, endpoints_name, start_endpoints
 from rayfm.serving.http.codecs import Payload
@@ -22,6 +21,7 @@ from rayfm.serving.http.config import EndpointsConfig, LimitsConfig
 from rayfm.serving.http.problems import Problem
 from rayfm.serving.http.queue import Deadline
 from rayfm.serving.production import GRPC_MESSAGE, HA_PROXY, enable_production, limit_messages
+from rayfm.serving.proxies import check_port
 from rayfm.serving.student import Students
 
 STUDENT, TEACHER = "vm.direct.1", "fm.teacher.0"

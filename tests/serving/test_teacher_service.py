@@ -14,7 +14,8 @@ from served_models import SCHEMA, TASKS, predictions, publish_model
 
 from rayfm.config import CapacityError, DataError, SnapshotError
 from rayfm.data.encode import Encoder
-from rayfm.serving.application import application_name, check_port
+from rayfm.serving.application import application_name
+from rayfm.serving.proxies import check_port
 from rayfm.serving.teacher import TeacherService, load_version, score_table
 from rayfm.snapshots import SnapshotStore
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import socket
 from typing import Any
 
-from rayfm.config import CapacityError, ConfigError
-from rayfm.serving.application import _DEPLOYING, LOOPBACK, application_name, check_port
+from rayfm.config import ConfigError
+from rayfm.serving.application import _DEPLOYING, LOOPBACK, application_name
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.token import TokenCheck, check_bind
 from rayfm.serving.nearline.config import NearLineConfig
@@ -18,10 +16,9 @@ from rayfm.serving.nearline.labeller import Score
 from rayfm.serving.nearline.router import build_app
 from rayfm.serving.nearline.rows import Versions
 from rayfm.serving.nearline.spool import Spool
+from rayfm.serving.proxies import QUIET, Door, check_free, open_door
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata import open_metadata
-
-_LOGGING = {"log_level": "ERROR", "enable_access_log": False}
 
 
 def consumer_name(config: NearLineConfig) -> str:
@@ -87,10 +84,9 @@ def start_consumers(config: NearLineConfig, score: Score | None = None) -> Any:
     # Not above: it imports ray.serve, which reads its environment then, and `rayfm serve --production` sets that late.
     from rayfm.serving.nearline.consumer import NearLineConsumer
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     consumer = config.consumer
     with _DEPLOYING:
-        serve.start(proxy_location="Disabled", logging_config=_LOGGING)  # nothing, where Serve runs already
+        open_door(None)
         deployment: Any = serve.deployment(
             task_consumer(task_processor_config=task_processor(config))(NearLineConsumer),
             name="NearLineConsumer",
@@ -99,7 +95,7 @@ def start_consumers(config: NearLineConfig, score: Score | None = None) -> Any:
             health_check_timeout_s=max(10.0, consumer.health_s),
             graceful_shutdown_timeout_s=10.0,
             ray_actor_options={"num_cpus": consumer.cpus},
-            logging_config=_LOGGING,
+            logging_config=QUIET,
             **autoscaling(config),
         )
         service = application_name(config.run, config.teacher)
@@ -123,7 +119,7 @@ def start_intake(
 
     Raises:
         ConfigError: the configs are of several runs, or of one teacher twice; others could post without a token.
-        CapacityError: the port is in use, or Ray Serve runs already and listens elsewhere.
+        CapacityError: the port is in use, Ray Serve runs already and listens elsewhere, or the run has an intake there.
     """
     from ray import serve
 
@@ -136,30 +132,18 @@ def start_intake(
         loaded = [NearLineConfig.model_validate(config) for config in plain]
         return build_app({config.teacher: make_intake(config) for config in loaded}, check)
 
-    check_port(host, http_port)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    name = intake_name(configs[0].run)
     with _DEPLOYING:
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": host, "port": http_port},
-            logging_config=_LOGGING,
-        )
+        open_door(Door(host, http_port), "--port PORT")
+        check_free(name, f"the intake of run {configs[0].run!r}")
         deployment: Any = serve.deployment(
             serve.ingress(build)(),
             name="NearLineIntake",
             max_ongoing_requests=32,
             ray_actor_options={"num_cpus": cpus},
-            logging_config=_LOGGING,
+            logging_config=QUIET,
         )
-        serve.run(deployment.bind(), name=intake_name(configs[0].run), route_prefix="/")
-    with socket.socket() as probe:
-        probe.settimeout(5.0)
-        if probe.connect_ex((LOOPBACK if host == "0.0.0.0" else host, http_port)):
-            stop = f"serve.delete({intake_name(configs[0].run)!r})"
-            raise CapacityError(
-                f"nothing answers on port {http_port}: Ray Serve was started before, with another port or none, and "
-                f"cannot change it; start the intake before teachers and consumers ({stop} removes this one)"
-            )
+        serve.run(deployment.bind(), name=name, route_prefix="/")
     return f"http://{host}:{http_port}"
 
 
