@@ -15,9 +15,8 @@ from rayfm.export.aggregated import fit_platt_aggregated
 from rayfm.export.calibration import LOGIT_RANGE, Fits
 
 MAX_BINS, MAX_SUMS = 1024, 4_000_000
-"""At most so many bins of a cell, and so many sums of a task (8 bytes each, three of them a bin)."""
-
-MIN_BINS = 64
+"""At most so many bins of a cell, and so many sums of a task (8 bytes each, three of them a bin). The most cells that a
+config may have, 65,536, leave 20 bins of each: a fit then differs from that of the rows by less than 0.001."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class AggregatedSums:
 
     def __init__(self, tasks: Sequence[str], cells: int) -> None:
         self.tasks, self.cells = tuple(tasks), cells
-        self.bins = max(MIN_BINS, min(MAX_BINS, MAX_SUMS // (3 * cells)))
+        self.bins = min(MAX_BINS, MAX_SUMS // (3 * cells))
         # [T, weight x (1, logit, logit^2), C * H]
         self._sums = torch.zeros(len(self.tasks), 3, cells * self.bins, dtype=torch.float64)
         self.counts = torch.zeros(len(self.tasks), cells, dtype=torch.float64)
@@ -52,8 +51,9 @@ class AggregatedSums:
         z, w = logit.detach().double(), weight.double()
         place = ((z.nan_to_num(0.0) + LOGIT_RANGE) * (self.bins / (2 * LOGIT_RANGE))).long().clamp_(0, self.bins - 1)
         sums = self._sums[self.tasks.index(task)]
+        index = cell * self.bins + place
         for power, term in enumerate((w, w * z, w * z * z)):
-            sums[power] += torch.bincount(cell * self.bins + place, term, minlength=sums.shape[1])
+            sums[power].index_add_(0, index, term)  # in place: the sums are far larger than a batch
 
     def count(self, task: str, cell: Tensor, label: Tensor, weight: Tensor) -> None:
         """Count the positives among rows whose labels are known: ``cell``, ``label`` and ``weight`` ``[B]``."""
