@@ -6,11 +6,11 @@ the period tickets, so any of them can die and be started again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -46,6 +46,7 @@ from rayfm.serving.labelling import StoredLabels, history_spec, label_period
 from rayfm.serving.nearline.labels import NearLineLabels
 from rayfm.serving.teacher import TeacherServiceConfig
 from rayfm.snapshots.collect import Collector
+from rayfm.snapshots.keeper import LeaseKeeper
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata.sqlite import SQLiteMetadataStore
 from rayfm.training.loop import PeriodRecord
@@ -196,9 +197,8 @@ class Pipeline:
             self._wait_prepared(period, timeout)
             self._histories(teacher, index)
             version = str(trained["versions"][key])
-            lease = self.collector.hold(key, version, f"label {period}", LEASE_S)
-            stop = self._keep(lease)
-            try:
+            with contextlib.closing(LeaseKeeper(self.metadata, LEASE_S)) as keeper:
+                keeper.keep(self.collector.hold(key, version, f"label {period}", LEASE_S))
                 ticket = label_period(
                     self.labels,
                     self.snapshots,
@@ -213,8 +213,6 @@ class Pipeline:
                     rows_per_request=self.config.serving.rows_per_request,
                     store_representation=self.config.teachers[teacher].store_representation,
                 )
-            finally:
-                stop()
             if near_line is not None:
                 # In the ticket, so that all students read one version, whatever is labelled near-line meanwhile.
                 ticket["near_line"] = posted.pin(teacher, period, near_line.table_version)
@@ -242,25 +240,6 @@ class Pipeline:
             if deadline is not None and time.monotonic() > deadline:
                 self.store.manifest(period)
             time.sleep(0.1)
-
-    def _keep(self, lease: Any) -> Callable[[], None]:
-        """Extend a lease until the returned function is called, which gives it back."""
-        done = threading.Event()
-        held = [lease]
-
-        def extend() -> None:
-            while not done.wait(LEASE_S / 3):
-                held[0] = self.metadata.extend(held[0], LEASE_S)
-
-        thread = threading.Thread(target=extend, daemon=True, name="rayfm-lease")
-        thread.start()
-
-        def stop() -> None:
-            done.set()
-            thread.join()
-            self.metadata.release(held[0])
-
-        return stop
 
     def watch(self) -> Watch:
         """How far the parts are."""
