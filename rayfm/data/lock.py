@@ -1,4 +1,4 @@
-"""One preparing process per example store."""
+"""One process at a time that writes to a folder."""
 
 from __future__ import annotations
 
@@ -17,18 +17,27 @@ LOCK = ".prepare.lock"
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
+def prepare_lock(root: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the store at ``root`` for the time of a prepare, as `alone` does."""
+    return alone(root / LOCK, "preparing this example store", "root")
+
+
 @contextlib.contextmanager
-def prepare_lock(root: Path) -> Iterator[None]:
-    """Hold the store at ``root`` for the time of a prepare.
+def alone(path: Path, doing: str, place: str = "folder") -> Iterator[None]:
+    """Hold the lock at ``path`` for the time of the block.
 
     The lock is the operating system's (``flock``): it goes with the process that holds it, however that ends, so that
     a killed run is simply run again. The file stays, and says who held it last. On a mount without locks nothing is
     held.
 
+    Args:
+        path: the lock's file; its folder is there.
+        doing: what the holder does, for the message.
+        place: what another one may choose instead.
+
     Raises:
-        DataError: another process is preparing the store.
+        DataError: another process holds it.
     """
-    path = root / LOCK
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -36,7 +45,7 @@ def prepare_lock(root: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise DataError(
-                f"{root}: {holder} is preparing this example store; wait until it is done, or choose another root"
+                f"{path.parent}: {holder} is {doing}; wait until it is done, or choose another {place}"
             ) from None
         except OSError as error:
             if error.errno not in _UNSUPPORTED:

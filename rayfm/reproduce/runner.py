@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfm.config import RayfmError, errors
+from rayfm.data.lock import alone
 from rayfm.data.store import write_json_atomic
 from rayfm.metrics import Comparison, Entry, MetricState
 from rayfm.pipeline.config import PipelineConfig
@@ -28,6 +29,8 @@ from rayfm.reproduce.study import Study, fingerprint, study_config
 
 DONE = "trained.json"
 """Written into a run's folder when it is complete: what it trained, by fingerprint."""
+
+LOCK = ".reproduce.lock"
 
 POLL_S = 0.5
 
@@ -71,13 +74,16 @@ class Runner:
         """Train what is missing of the studies; returns the seconds it took.
 
         Raises:
+            DataError: another process trains in the same folder.
             RayfmError: the first failure; the studies that are under way then are ended.
         """
         begin = time.perf_counter()
         left = [part for study in studies if (part := self.missing(study)).students]
         if left:
             configs = [self._config(study) for study in left]
-            with ray_session(configs[0].ray):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Two would train the same runs in the same folders.
+            with alone(self.folder / LOCK, "reproducing tables here", "--folder"), ray_session(configs[0].ray):
                 self._run(left, configs, watch)
         return time.perf_counter() - begin
 

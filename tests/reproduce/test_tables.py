@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,15 @@ import pytest
 from rich.console import Console
 
 import rayfm
-from rayfm.config import ConfigError
+from rayfm.config import ConfigError, DataError
+from rayfm.data.lock import alone
 from rayfm.metrics.intervals import Estimate, Sample
 from rayfm.pipeline.plan import choose_periods, periods_to_label, student_specs, teacher_spec
 from rayfm.reproduce import study as study_module
 from rayfm.reproduce.html import write_tables
 from rayfm.reproduce.parts import auxiliary, direct, student, teacher
 from rayfm.reproduce.run import reproduce
-from rayfm.reproduce.runner import DONE, Runner
+from rayfm.reproduce.runner import DONE, LOCK, Runner
 from rayfm.reproduce.scope import Scope, example_of, open_scope
 from rayfm.reproduce.show import show
 from rayfm.reproduce.splits import exfm_slides, exfm_warmup, progressive
@@ -125,6 +127,13 @@ def test_what_other_code_trained_is_not_found(
     assert Runner(scope, tmp_path).missing(base).variants == [("fm", "none")]
     # A source that changed is prepared again as well.
     assert (study_config(base, scope, "x", "run").storage == storage) == (name == "__version__")
+
+
+def test_two_do_not_train_in_one_folder(scope: Scope, tmp_path: Path) -> None:
+    base = study(scope, fm=student(scope, "fm", {"none": []}))
+    busy = f"process {os.getpid()} .* is reproducing tables here; wait until it is done, or choose another --folder"
+    with alone(tmp_path / LOCK, "training"), pytest.raises(DataError, match=busy):
+        Runner(scope, tmp_path).run([base])
 
 
 def test_verdicts_by_hand() -> None:
