@@ -19,7 +19,11 @@ app = typer.Typer(no_args_is_help=True, help="Published model versions.")
 Model = Annotated[str, typer.Argument(help="Key of a published model (rayfm snapshots list).", show_default=False)]
 Metadata = Annotated[
     str | None,
-    typer.Option("--metadata", metavar="URL", help="sqlite:///PATH or zookeeper://HOST:PORT/ROOT; by default RUN's."),
+    typer.Option(
+        "--metadata",
+        metavar="URL",
+        help="sqlite:///PATH or zookeeper://HOST:PORT/ROOT; by default as RUN's config says.",
+    ),
 ]
 Reason = Annotated[str, typer.Option("--reason", help="For those who read it later.")]
 
@@ -137,6 +141,7 @@ def _collector(run_dir: Path, url: str | None, make: bool = False) -> Iterator[C
     from rayfm.snapshots import Collector, SnapshotStore, open_metadata
 
     path = metadata_path(standing(run_dir).absolute())
+    url = url or _configured(run_dir)
     if url is None and not make and not path.exists():
         yield None
         return
@@ -148,6 +153,20 @@ def _collector(run_dir: Path, url: str | None, make: bool = False) -> Iterator[C
         store = SQLiteMetadataStore(path)
     with contextlib.closing(store):
         yield Collector(SnapshotStore(run_dir), store)
+
+
+def _configured(run_dir: Path) -> str | None:
+    """The store that the run's services follow, by its saved config: what is current, held and kept is known there."""
+    from rayfm.config import ConfigError, read_yaml
+
+    saved = run_dir / "config.yaml"
+    if not saved.exists():
+        return None
+    endpoints = read_yaml(saved).get("endpoints") or {}
+    url = endpoints.get("metadata") if isinstance(endpoints, dict) else None
+    if url is not None and not isinstance(url, str):
+        raise ConfigError(f"{saved}: 'endpoints.metadata' is {url!r}, no URL; name the store (--metadata URL)")
+    return url
 
 
 @contextlib.contextmanager

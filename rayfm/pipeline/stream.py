@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import shutil
 import tempfile
@@ -48,10 +49,12 @@ from rayfm.serving.teacher import TeacherServiceConfig
 from rayfm.snapshots.collect import Collector
 from rayfm.snapshots.keeper import LeaseKeeper
 from rayfm.snapshots.load import SnapshotStore
-from rayfm.snapshots.metadata.sqlite import SQLiteMetadataStore
+from rayfm.snapshots.metadata import SQLiteMetadataStore, StoreUnavailable, open_metadata
 from rayfm.training.loop import PeriodRecord
 from rayfm.training.spec import TrainerSpec
 from rayfm.training.trainer import fit, progress_file
+
+log = logging.getLogger(__name__)
 
 LEASE_S = 120.0
 
@@ -101,7 +104,10 @@ class Pipeline:
         self.tickets = Tickets(self.metadata, config.name)
         self.labels = LabelStore(config.label_storage, self.metadata)
         self.snapshots = SnapshotStore(self.run_dir)
-        self.collector = Collector(self.snapshots, self.metadata, keep=config.keep_snapshots)
+        # Where services follow `current`: what is current, held or kept is known there alone.
+        url = config.endpoints.metadata
+        followed = self.metadata if url is None else open_metadata(url)
+        self.collector = Collector(self.snapshots, followed, keep=config.keep_snapshots)
         self.teacher_specs = [teacher_spec(config, name, self.periods) for name in config.teachers]
         self.student_specs = student_specs(config, self.periods)
         self.specs: list[TrainerSpec] = [*self.teacher_specs, *self.student_specs]
@@ -197,7 +203,7 @@ class Pipeline:
             self._wait_prepared(period, timeout)
             self._histories(teacher, index)
             version = str(trained["versions"][key])
-            with contextlib.closing(LeaseKeeper(self.metadata, LEASE_S)) as keeper:
+            with contextlib.closing(LeaseKeeper(self.collector.metadata, LEASE_S)) as keeper:
                 keeper.keep(self.collector.hold(key, version, f"label {period}", LEASE_S))
                 ticket = label_period(
                     self.labels,
@@ -310,6 +316,10 @@ class Pipeline:
             if storage.root != str(self.run_dir):
                 storage.clear()
         if saved.exists():
+            # Versions of the new run may bear the names of this one's: a tombstone of then is not for them.
+            for model in self.snapshots.models():
+                self.collector.forget(model)
+            self.collector.metadata.close()
             self.metadata.close()
             shutil.rmtree(self.run_dir)
 
@@ -373,11 +383,17 @@ class Pipeline:
             raise failure
 
     def _collect(self, record: PeriodRecord) -> None:
-        """Delete what newer snapshots of students have superseded; a teacher's stay, for labels to be made again."""
+        """Delete what newer snapshots of students have superseded; a teacher's stay, for labels to be made again.
+
+        What cannot be deleted now is left to the next look: no training stops for it.
+        """
         if record.trainer in {spec.name for spec in self.student_specs}:
             for model in record.versions:
-                self.collector.expire(model)
-                self.collector.sweep(model)
+                try:
+                    self.collector.expire(model)
+                    self.collector.sweep(model)
+                except (StoreUnavailable, OSError) as error:
+                    log.warning("old versions of %s stay for now: %s", model, error)
 
     def serve_and_label(
         self, teacher: str, periods: tuple[str, ...] | None = None, timeout: float | None = None

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Sequence
 
 from rayfm.config import SnapshotError
-from rayfm.snapshots.current import given_up, read_current, readmit
+from rayfm.snapshots.current import given_up, read_current, readmit, refusals
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import MANIFEST, check_name
 from rayfm.snapshots.metadata.base import Conflict, Lease, LeaseLost, MetadataStore
@@ -158,6 +158,13 @@ class Collector:
                 shutil.rmtree(path)
                 deleted.append(path.name)
         return deleted
+
+    def forget(self, model: str) -> None:
+        """Forget which versions were to be deleted or were refused: all go, and others may come to bear their names."""
+        for version in self.tombstones(model):
+            self._drop(_key("tombstones", model, version))
+        for version in refusals(self.metadata, model):
+            readmit(self.metadata, model, version)
 
     def _current(self, model: str) -> str | None:
         current = read_current(self.metadata, model)

@@ -132,6 +132,22 @@ def test_gc_deletes_what_nobody_needs(run, options, rayfm):
     assert SnapshotStore(run).versions(MODEL) == [VERSIONS[0], VERSIONS[4]]
 
 
+def test_the_store_that_the_runs_config_names_is_asked(run, tmp_path, rayfm):
+    for version in VERSIONS[3:]:
+        publish(run, MODEL, version, {"w": torch.ones(2)})
+    (run / "config.yaml").write_text(f"endpoints:\n  metadata: sqlite://{tmp_path}/cluster.sqlite\n")
+    with contextlib.closing(SQLiteMetadataStore(tmp_path / "cluster.sqlite")) as metadata:
+        Updater(Collector(SnapshotStore(run), metadata), MODEL, "replica 1").step()
+        rayfm("rollback", run, MODEL, "--to", VERSIONS[0])
+        assert read_current(metadata, MODEL).version == VERSIONS[0]
+        assert rayfm("gc", run, MODEL, "--keep", 1).output == f"deleted: {', '.join(VERSIONS[1:4])}\n"
+    assert not metadata_path(run).exists()
+    own = f"sqlite://{metadata_path(run)}"
+    assert "no current version" in rayfm("rollback", run, MODEL, "--metadata", own, fails=True)
+    (run / "config.yaml").write_text("endpoints:\n  metadata: 3\n")
+    assert "'endpoints.metadata' is 3, no URL" in rayfm("gc", run, MODEL, fails=True)
+
+
 def test_looking_makes_no_metadata(run, rayfm):
     before = sorted(run.iterdir())
     assert "state" not in rayfm("list", run).output
