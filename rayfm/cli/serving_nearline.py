@@ -9,12 +9,13 @@ import typer
 
 from rayfm.pipeline.config import RayConfig
 from rayfm.pipeline.session import ray_session
-from rayfm.serving.application import start_teacher, stop_teacher
+from rayfm.serving.application import application_name, start_teacher, stop_teacher
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.token import check_bind, read_token
-from rayfm.serving.nearline.application import start_consumers, start_intake, stop_nearline
+from rayfm.serving.nearline.application import consumer_name, intake_name, start_consumers, start_intake, stop_nearline
 from rayfm.serving.nearline.config import NearLineConfig
 from rayfm.serving.nearline.rows import Versions
+from rayfm.serving.proxies import all_or_nothing
 from rayfm.serving.teacher import TeacherServiceConfig
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata import open_metadata
@@ -38,10 +39,14 @@ def serve_until_stopped(config: NearLineConfig, port: int, host: str, address: s
     with ray_session(RayConfig(address=address)):
         for number in (signal.SIGINT, signal.SIGTERM):  # Ray's start sets handlers of its own
             signal.signal(number, lambda *_: stopped.set())
-        url = start_intake([config], port, host=host, token=token)
         service = TeacherServiceConfig(root=config.root, model=config.model, metadata=config.metadata)
-        start_teacher(config.run, config.teacher, service)
-        start_consumers(config)
+        # Otherwise an intake that stays on a cluster accepts rows that nobody labels.
+        with all_or_nothing(
+            [intake_name(config.run), consumer_name(config), application_name(config.run, config.teacher)]
+        ):
+            url = start_intake([config], port, host=host, token=token)
+            start_teacher(config.run, config.teacher, service)
+            start_consumers(config)
         typer.echo(f"labelling with {config.model}@{version}: POST {url}/v1/teachers/{config.teacher}/label")
         stopped.wait()
         stop_nearline(config)

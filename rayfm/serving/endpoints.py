@@ -23,7 +23,7 @@ from rayfm.serving.nearline.application import consumer_name, make_intake, start
 from rayfm.serving.nearline.config import NearLineConfig
 from rayfm.serving.nearline.doorbell import check_installed
 from rayfm.serving.nearline.router import build_router
-from rayfm.serving.proxies import QUIET, Door, check_free, open_door
+from rayfm.serving.proxies import QUIET, Door, all_or_nothing, check_free, open_door
 from rayfm.serving.retrieval import retrieve_router
 from rayfm.serving.student import Students
 from rayfm.serving.teacher import TeacherServiceConfig
@@ -212,7 +212,8 @@ class EndpointsReplica:
 
 
 def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = False) -> None:
-    """Start the teachers' services and the endpoints on the Ray that runs; returns when their replicas do.
+    """Start the teachers' services and the endpoints on the Ray that runs; returns when their replicas do. Where it
+    fails, what it had deployed is removed again.
 
     Args:
         plan: what to serve.
@@ -258,23 +259,24 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
         ray_actor_options={"num_cpus": config.cpus},
         logging_config=QUIET,
     )
-    serve.run(deployment.bind(plan.dump(), TokenCheck(token)), name=endpoints_name(plan.run), route_prefix="/")
-    # After what has a route: HAProxy does not report that it serves as long as nothing has one.
-    for teacher in plan.teachers:
-        start_teacher(
-            _teachers_of(plan.run),
-            teacher.name,
-            plan.service(teacher),
-            replicas=teacher.replicas,
-            cpus=teacher.cpus,
-            gpus=teacher.gpus,
-            members=teacher.members,
-            member_cpus=teacher.member_cpus,
-            member_gpus=teacher.member_gpus,
-            row_wise_from=teacher.row_wise_from,
-        )
-    for near_line in plan.near_line().values():
-        start_consumers(near_line)
+    with all_or_nothing(_applications(plan)):
+        serve.run(deployment.bind(plan.dump(), TokenCheck(token)), name=endpoints_name(plan.run), route_prefix="/")
+        # After what has a route: HAProxy does not report that it serves as long as nothing has one.
+        for teacher in plan.teachers:
+            start_teacher(
+                _teachers_of(plan.run),
+                teacher.name,
+                plan.service(teacher),
+                replicas=teacher.replicas,
+                cpus=teacher.cpus,
+                gpus=teacher.gpus,
+                members=teacher.members,
+                member_cpus=teacher.member_cpus,
+                member_gpus=teacher.member_gpus,
+                row_wise_from=teacher.row_wise_from,
+            )
+        for near_line in plan.near_line().values():
+            start_consumers(near_line)
 
 
 def check_room(plan: EndpointsPlan, cpus: float, gpus: float = 0.0) -> None:
@@ -298,10 +300,15 @@ def stop_endpoints(plan: EndpointsPlan) -> None:
     """Remove the applications that `start_endpoints` started; Ray Serve itself stays."""
     from ray import serve
 
+    for name in _applications(plan):
+        serve.delete(name)
+
+
+def _applications(plan: EndpointsPlan) -> list[str]:
+    """Names of a plan's applications, those that take requests first: nobody is to be answered by what has gone."""
     consumers = [consumer_name(config) for config in plan.near_line().values()]
     teachers = [application_name(_teachers_of(plan.run), teacher.name) for teacher in plan.teachers]
-    for name in (endpoints_name(plan.run), *consumers, *teachers):
-        serve.delete(name)
+    return [endpoints_name(plan.run), *consumers, *teachers]
 
 
 def _check_grpc() -> None:

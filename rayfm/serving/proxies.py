@@ -6,12 +6,16 @@ is asked for is compared with what runs, before anything gets a route there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import socket
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rayfm.config import CapacityError
+
+log = logging.getLogger(__name__)
 
 QUIET = {"log_level": "ERROR", "enable_access_log": False}
 """What Serve and its deployments log."""
@@ -177,3 +181,21 @@ def check_free(name: str, what: str) -> None:
             f"{what} runs already on this cluster, as the Serve application {name}; stop it first, or, where its "
             f"command is gone, remove it with ray.serve.delete({name!r})"
         )
+
+
+@contextlib.contextmanager
+def all_or_nothing(names: Iterable[str]) -> Iterator[None]:
+    """Where what is started within fails, those of the applications that did not run before are removed again."""
+    from ray import serve
+
+    before = applications()
+    try:
+        yield
+    except BaseException:
+        for name in names:
+            try:
+                if name not in before and name in applications():
+                    serve.delete(name)
+            except Exception as error:  # the reason that the start failed is what counts, also where Serve is gone
+                log.error("%s could not be removed again: %s", name, error)
+        raise

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import servers
+from nearline_cases import MODEL, TEACHER, V1, publish_teacher
 from nearline_cases import config as near_line
 
+from rayfm.cli import serving_nearline
 from rayfm.config import CapacityError
 from rayfm.serving import proxies
 from rayfm.serving.application import application_name, start_teacher
-from rayfm.serving.endpoints import GRPC_SERVICER, EndpointsPlan, endpoints_name, start_endpoints
+from rayfm.serving.endpoints import GRPC_SERVICER, EndpointsPlan, TeacherPlan, endpoints_name, start_endpoints
 from rayfm.serving.http.config import EndpointsConfig
-from rayfm.serving.nearline.application import intake_name, start_intake
-from rayfm.serving.proxies import Door, differences, open_door
+from rayfm.serving.nearline.application import consumer_name, intake_name, start_intake
+from rayfm.serving.proxies import Door, all_or_nothing, differences, open_door
 from rayfm.serving.teacher import TeacherServiceConfig
 
 LOCAL = Door("127.0.0.1", 8000)
@@ -49,14 +52,20 @@ def test_what_runs_does(runs):
 class Serve:
     """Ray Serve as it runs on a cluster, in the place of the real one: started once, what is asked later is ignored."""
 
-    def __init__(self, door: Door | None, *names: str) -> None:
-        self.door, self.names, self.tried, self.deployed = door, set(names), [], []
+    def __init__(self, door: Door | None, *names: str, fails: str = "") -> None:
+        self.door, self.names, self.tried, self.deployed, self.fails = door, set(names), [], [], fails
 
     def start(self, proxy_location, http_options=None, grpc_options=None, logging_config=None):
         self.door = self.door or Door(**(http_options or {"host": "127.0.0.1", "port": 8000}), location=proxy_location)
 
     def run(self, application, name, route_prefix):
         self.deployed.append((name, route_prefix))
+        self.names.add(name)  # also one that failed
+        if name == self.fails:
+            raise RuntimeError(f"deploying {name} failed")
+
+    def delete(self, name):
+        self.names.remove(name)
 
     def status(self):
         return SimpleNamespace(applications={name: SimpleNamespace(status="RUNNING") for name in self.names})
@@ -64,7 +73,7 @@ class Serve:
     def install(self, patch) -> Serve:
         patch.setattr(proxies, "running_door", lambda: self.door)
         patch.setattr(proxies, "check_port", lambda host, port, option="": self.tried.append((host, port)))
-        for name in ("start", "run", "status"):
+        for name in ("start", "run", "status", "delete"):
             patch.setattr(f"ray.serve.{name}", getattr(self, name))
         patch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
         return self
@@ -125,6 +134,73 @@ def test_what_runs_already_is_not_replaced(start, name, tmp_path, monkeypatch):
     with pytest.raises(CapacityError, match=rf"runs already on this cluster, as the Serve application {name};"):
         start(tmp_path)
     assert serve.deployed == []
+
+
+def served(tmp_path) -> None:
+    teachers = tuple(TeacherPlan(name=name, model=MODEL, cpus=0.1) for name in ("one", "two"))
+    start_endpoints(EndpointsPlan(run="r", root=str(tmp_path), students=(), teachers=teachers), None)
+
+
+def labelled(tmp_path) -> None:
+    publish_teacher(tmp_path, V1)
+    serving_nearline.serve_until_stopped(near_line(tmp_path, run="r"), 8000, "127.0.0.1")
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    monkeypatch.setattr(serving_nearline, "ray_session", lambda config: contextlib.nullcontext())
+    monkeypatch.setattr(serving_nearline.signal, "signal", lambda *handler: None)
+
+
+@pytest.mark.parametrize(
+    ("start", "fails"),
+    [
+        (served, endpoints_name("r")),
+        (served, application_name("r-serve", "two")),
+        (labelled, intake_name("r")),
+        (labelled, application_name("r", TEACHER)),
+        (labelled, f"{application_name('r', TEACHER)}-nearline"),
+    ],
+)
+def test_a_start_that_fails_leaves_nothing_of_its_own(start, fails, tmp_path, monkeypatch, no_ray):
+    ran_before = {endpoints_name("other"), application_name("r-serve", "one")}
+    serve = Serve(LOCAL, *ran_before, fails=fails).install(monkeypatch)
+    with pytest.raises(RuntimeError, match=f"deploying {fails} failed"):
+        start(tmp_path)
+    assert serve.deployed[-1][0] == fails
+    assert serve.names == ran_before
+
+
+def test_a_start_of_what_runs_already_leaves_it(tmp_path, monkeypatch, no_ray):
+    config = near_line(tmp_path, run="r")
+    running = {intake_name("r"), application_name("r", TEACHER), consumer_name(config)}
+    running |= {endpoints_name("r"), application_name("r-serve", "one"), application_name("r-serve", "two")}
+    serve = Serve(LOCAL, *running).install(monkeypatch)
+    for start in (served, labelled):
+        with pytest.raises(CapacityError, match="runs already on this cluster, as the Serve application"):
+            start(tmp_path)
+    assert (serve.names, serve.deployed) == (running, [])
+
+
+def test_what_cannot_be_removed_hides_no_reason(monkeypatch, caplog):
+    serve = Serve(LOCAL).install(monkeypatch)
+
+    def delete(name):
+        if name == "a":
+            raise TimeoutError("60 s")
+        serve.delete(name)
+
+    monkeypatch.setattr("ray.serve.delete", delete)
+
+    def start():
+        with all_or_nothing(["a", "b"]):
+            serve.names |= {"a", "b"}
+            raise ValueError("the reason")
+
+    with pytest.raises(ValueError, match="the reason"):
+        start()
+    assert serve.names == {"a"}
+    assert "a could not be removed again: 60 s" in caplog.text
 
 
 @pytest.mark.ray

@@ -16,7 +16,7 @@ from rayfm.serving.nearline.labeller import Score
 from rayfm.serving.nearline.router import build_app
 from rayfm.serving.nearline.rows import Versions
 from rayfm.serving.nearline.spool import Spool
-from rayfm.serving.proxies import QUIET, Door, check_free, open_door
+from rayfm.serving.proxies import QUIET, Door, all_or_nothing, check_free, open_door
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata import open_metadata
 
@@ -143,7 +143,8 @@ def start_intake(
             ray_actor_options={"num_cpus": cpus},
             logging_config=QUIET,
         )
-        serve.run(deployment.bind(), name=name, route_prefix="/")
+        with all_or_nothing([name]):
+            serve.run(deployment.bind(), name=name, route_prefix="/")
     return f"http://{host}:{http_port}"
 
 
