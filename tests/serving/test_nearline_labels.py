@@ -12,7 +12,7 @@ from nearline_cases import DAY2_US, DAY_US, MODEL, TEACHER, V1, V2, Oracle, conf
 
 from rayfm.config import CapacityError, DataError, LabelError, SnapshotError
 from rayfm.serving.nearline.batcher import Batcher
-from rayfm.serving.nearline.labeller import Labeller, is_lasting
+from rayfm.serving.nearline.labeller import Failure, Labeller, is_lasting
 from rayfm.serving.nearline.labels import NearLineLabels
 from rayfm.serving.nearline.rows import Versions, check_post, fitted, period_of
 from rayfm.serving.nearline.spool import Spool
@@ -244,6 +244,26 @@ def test_a_service_that_is_down_is_asked_once_a_batch(bench):
     assert bench.oracle.asked == [6]
     bench.oracle.error = None
     assert bench.label(*tickets) == dict.fromkeys(tickets)
+
+
+def test_a_slow_teacher_is_not_asked_for_longer_than_a_consumer_may_take(bench, monkeypatch):
+    """Else its consumer would be replaced in the middle, again and again, and its tickets be taken for deadly."""
+    clock = [0.0]
+    monkeypatch.setattr("rayfm.serving.nearline.labeller.time.monotonic", lambda: clock[0])
+    tickets = [bench.accept(rows(2, day=1), version) for version in (V1, V2)]
+    asked = []
+
+    def slow(table, version):
+        asked.append(version)
+        clock[0] += bench.config.consumer.score_timeout_s + 0.1
+        raise TimeoutError("no answer")
+
+    labeller = Labeller(bench.config, bench.spool, bench.labels, bench.versions, slow)
+    outcome = labeller.label([bench.spool.read(ticket) for ticket in tickets])
+    assert asked == [V1]
+    assert clock[0] < 2 * bench.config.consumer.stall_s
+    assert outcome[tickets[0]] == Failure("TimeoutError: no answer", lasting=False)
+    assert outcome[tickets[1]] == Failure("the teacher took too long over others of the batch", lasting=False)
 
 
 @pytest.mark.parametrize(

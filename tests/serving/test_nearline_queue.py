@@ -4,7 +4,9 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -469,6 +471,69 @@ def test_a_ticket_that_keeps_failing_is_a_dead_letter_that_can_be_replayed(consu
     consumer.label(ticket)
     assert consumer.spool.status(ticket).state == "committed"
     assert NearLineLabels(settings.root).rows(TEACHER).num_rows == 4
+
+
+def test_a_ticket_in_hand_is_neither_rung_for_nor_given_up_while_the_teacher_hangs(consumer, settings, monkeypatch):
+    ticket = queued(consumer.spool, 4)
+    hangs, asked = threading.Event(), threading.Event()
+
+    def score(table, version):
+        asked.set()
+        assert hangs.wait(20)
+        raise TimeoutError("no answer")
+
+    consumer.batcher._label.__self__._score = score
+    with ThreadPoolExecutor(20) as threads:
+        first = threads.submit(consumer.label, ticket)
+        assert asked.wait(20)
+        path = consumer.spool.folder / "queued" / f"{ticket}.arrow"
+        os.utime(path, (0, 0))
+        later = time.time() + 60
+        held = consumer._in_hand.tickets()
+        assert held == {ticket}
+        assert sweep(consumer.spool, consumer.doorbell, settings, later, in_hand=held) == 0
+        until(lambda: path.stat().st_mtime > 0)  # nor do the sweepers of others ring for it
+        consumer._starved_since = consumer._last_delivery = time.monotonic() - 100
+        consumer.check_health()  # threads that wait for the teacher take no messages
+        again = [threads.submit(consumer.label, ticket) for _ in range(15)]  # a message may come twice all the same
+        until(lambda: consumer.spool.history(ticket).deliveries == 16)
+        hangs.set()
+        assert {type(future.exception(20)) for future in [first, *again]} == {NotLabelled}
+    assert consumer._in_hand.tickets() == frozenset()
+    assert sweep(consumer.spool, consumer.doorbell, settings, later) == 1
+    history = consumer.spool.history(ticket)
+    assert history.deliveries - history.failures > settings.consumer.crashes
+    assert history.unfinished == frozenset()
+    consumer.batcher._label.__self__._score = consumer.oracle
+    consumer.label(ticket)
+    assert consumer.spool.status(ticket).state == "committed"
+
+
+def test_an_error_outside_a_try_ends_the_delivery_too(consumer, monkeypatch):
+    ticket = queued(consumer.spool, 4)
+
+    def full(batch):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(consumer.batcher, "_label", full)
+    with pytest.raises(NotLabelled, match="No space left on device"):
+        consumer.label(ticket)
+    assert consumer.spool.history(ticket).unfinished == frozenset()
+
+
+def test_a_forward_that_nobody_waits_for_is_cancelled(consumer, monkeypatch):
+    cancelled = []
+
+    def result(timeout_s):
+        assert timeout_s == consumer.config.consumer.score_timeout_s
+        raise TimeoutError("no replica")
+
+    response = SimpleNamespace(result=result, cancel=lambda: cancelled.append(True))
+    handle = SimpleNamespace(score=SimpleNamespace(remote=lambda rows, version: response))
+    monkeypatch.setattr("rayfm.serving.nearline.consumer.serve.get_app_handle", lambda name: handle)
+    with pytest.raises(TimeoutError, match="no replica"):
+        consumer._ask_service(rows(2), V1)
+    assert cancelled == [True]
 
 
 @pytest.mark.parametrize("message", ["../../../etc/passwd", "", None, 7, ["x"]])

@@ -13,7 +13,7 @@ from nearline_cases import TEACHER, V1, V2, config, rows
 
 from rayfm.config import CapacityError, DataError, LabelError
 from rayfm.config.durable import TEMPORARY
-from rayfm.serving.nearline.labeller import Failure, settle, take
+from rayfm.serving.nearline.labeller import Failure, process_name, settle, take
 from rayfm.serving.nearline.spool import ROW, Spool
 from rayfm.serving.nearline.tickets import check_ticket, new_ticket, ticket_time
 
@@ -164,12 +164,41 @@ def test_a_lasting_error_is_tried_again_a_few_times_and_a_passing_one_for_long(s
     assert spool.status(other).state == "queued"
 
 
-def test_a_ticket_that_takes_its_consumers_down_is_given_up(spool, tmp_path):
+def test_a_ticket_that_takes_its_consumers_down_is_given_up(spool, tmp_path, monkeypatch):
     limits = config(tmp_path, consumer={"crashes": 3})
     ticket = spool.accept(numbered(2), V1)
-    assert [take(spool, ticket, limits) is not None for _ in range(4)] == [True, True, True, False]
+    for process in ("a", "b", "c", "d"):
+        monkeypatch.setattr("rayfm.serving.nearline.labeller.process_name", lambda process=process: process)
+        assert (take(spool, ticket, limits) is not None) == (process != "d")
     assert spool.status(ticket).state == "dead"
-    assert "3 times without an end" in spool.status(ticket).reason
+    assert spool.status(ticket).reason == "3 consumers took it and came to no end: they died with it"
+
+
+def test_what_waits_for_a_slow_teacher_has_not_crashed(spool, tmp_path, monkeypatch):
+    """Deliveries of a ticket that wait in a living process, and those of any process that came to an end."""
+    limits = config(tmp_path, consumer={"crashes": 3})
+    ticket = spool.accept(numbered(2), V1)
+    for process in ("a", "b", "c", "d"):
+        monkeypatch.setattr("rayfm.serving.nearline.labeller.process_name", lambda process=process: process)
+        entries = [take(spool, ticket, limits) for _ in range(10)]
+        assert None not in entries
+        spool.note(ticket, "failed", why="TimeoutError: no answer", lasting=False)  # once for all: they were merged
+        for entry in entries if process != "b" else entries[1:]:
+            spool.end(entry)
+    history = spool.history(ticket)
+    assert (history.deliveries, history.failures) == (40, 4)
+    assert (history.crashes("d"), history.crashes("b")) == (1, 0), "b died with one of them"
+    entry = take(spool, ticket, limits)
+    spool.finish(ticket, V1, 2, 0, 1, ttl_s=100.0)
+    spool.end(entry)
+    assert not list((spool.folder / "journal").iterdir()), "an end brings no journal back"
+
+
+def test_a_process_is_called_as_no_other_is(monkeypatch):
+    mine = process_name()
+    assert process_name() == mine
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # a fork, or the first process of a container
+    assert process_name() != mine
 
 
 def test_damaged_rows_are_a_dead_letter_and_not_forgotten(spool, tmp_path):

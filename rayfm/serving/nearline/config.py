@@ -69,14 +69,16 @@ class ConsumerConfig(Config):
     """How long a batch waits for more tickets, after its first."""
 
     score_timeout_s: float = Field(120.0, gt=0)
-    """How long a forward of the teacher service may take."""
+    """How long a forward of the teacher service may take, with the time that it waits for its turn; then it is
+    cancelled, and its tickets are tried again."""
 
     retries: int = Field(3, ge=0)
     """Tries after the first for an error that seems to last (a row that the teacher cannot take, a snapshot that is
     gone); then the rows become a dead letter."""
 
     crashes: int = Field(10, ge=1)
-    """Deliveries without an end, after which a ticket is taken to kill its consumer and becomes a dead letter."""
+    """Processes that died with a ticket in hand, after which it is taken to kill its consumers and becomes a dead
+    letter."""
 
     give_up_s: float = Field(86_400.0, gt=0)
     """Age at which a ticket that only fails (the teacher service is down, the disk is full) becomes a dead letter."""

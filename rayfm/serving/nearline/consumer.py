@@ -18,7 +18,8 @@ from rayfm.serving.nearline.batcher import Batcher
 from rayfm.serving.nearline.config import NearLineConfig
 from rayfm.serving.nearline.doorbell import TASK, Doorbell, sweep
 from rayfm.serving.nearline.holds import open_holds
-from rayfm.serving.nearline.labeller import Labeller, Score, settle, take
+from rayfm.serving.nearline.in_hand import InHand
+from rayfm.serving.nearline.labeller import Labeller, Score, failure_of, settle, take
 from rayfm.serving.nearline.labels import NearLineLabels
 from rayfm.serving.nearline.rows import Versions
 from rayfm.serving.nearline.spool import Spool
@@ -54,6 +55,7 @@ class NearLineConsumer:
             self.config, self.spool, NearLineLabels(self.config.root), versions, score or self._ask_service
         )
         self.batcher = Batcher(labeller.label, consumer.tickets, consumer.rows, consumer.delay_s)
+        self._in_hand = InHand()
         self._last_delivery = time.monotonic()
         self._starved_since: float | None = None
         self._stop = threading.Event()
@@ -73,11 +75,17 @@ class NearLineConsumer:
         except (DataError, TypeError):  # not ours: whoever else writes to our queue names no file here
             logger.error("a message without a ticket was dropped")
             return
-        entry = take(self.spool, ticket, self.config)
-        if entry is None:
-            return
-        failure = self.batcher.submit(entry).result()
-        self._last_delivery = time.monotonic()
+        with self._in_hand.holding(ticket):
+            entry = take(self.spool, ticket, self.config)
+            if entry is None:
+                return
+            try:
+                failure = self.batcher.submit(entry).result()
+            except Exception as error:  # a full disk, most likely: the journal could not be written
+                failure = failure_of(error)
+            self._last_delivery = time.monotonic()
+            with contextlib.suppress(OSError):  # what this process did not note it does not count
+                self.spool.end(entry)
         if failure is not None and not settle(self.spool, ticket, failure, self.config):
             raise NotLabelled(failure.why)
 
@@ -98,7 +106,12 @@ class NearLineConsumer:
         if not self.batcher.alive() or not self._sweeper.is_alive():
             raise RuntimeError("the thread that labels, or the one that sweeps, is dead")
         starved = self._starved_since
-        if starved is not None and time.monotonic() - max(starved, self._last_delivery) > stall:
+        # Threads that wait for a slow teacher take no message, and are well: how long a batch takes is looked at below.
+        if (
+            starved is not None
+            and not self._in_hand.tickets()
+            and time.monotonic() - max(starved, self._last_delivery) > stall
+        ):
             raise RuntimeError(f"messages wait, and none has come for {stall:g} s")
         if self.batcher.busy_s() > 2 * stall:
             raise RuntimeError(f"a batch has taken {self.batcher.busy_s():.0f} s")
@@ -111,18 +124,24 @@ class NearLineConsumer:
         self.doorbell.close()
 
     def _ask_service(self, rows: pa.Table, version: str) -> tuple[str, pa.Table]:
-        response = serve.get_app_handle(self._service).score.remote(rows, version)
-        found: tuple[str, pa.Table] = response.result(timeout_s=self.config.consumer.score_timeout_s)
+        response: Any = serve.get_app_handle(self._service).score.remote(rows, version)
+        try:
+            found: tuple[str, pa.Table] = response.result(timeout_s=self.config.consumer.score_timeout_s)
+        except TimeoutError:
+            response.cancel()  # else it would wait for the teacher on, and each retry would add one
+            raise
         return found
 
     def _watch(self) -> None:
         # Often enough that a ticket is rung for at most a quarter late; each consumer sweeps, twice does no harm.
         while not self._stop.wait(self.config.consumer.sweep_s / 4):
             try:
+                for ticket in self._in_hand.tickets():  # so that nobody takes their messages for lost
+                    self.spool.touch(ticket)
                 if self._holds is not None:
                     self._holds.only(self.spool.versions())
                 self._starved_since = None if self.doorbell.waiting() == 0 else self._starved_since or time.monotonic()
-                sweep(self.spool, self.doorbell, self.config)
+                sweep(self.spool, self.doorbell, self.config, in_hand=self._in_hand.tickets())
             except CapacityError as error:  # Redis is down, which another consumer would not change
                 self._starved_since = None
                 logger.warning("%s", error)

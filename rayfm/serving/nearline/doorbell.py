@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import time
+from collections.abc import Set
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -162,8 +163,19 @@ class Doorbell:
         )
 
 
-def sweep(spool: Spool, doorbell: Doorbell, config: NearLineConfig, now_s: float | None = None) -> int:
+def sweep(
+    spool: Spool,
+    doorbell: Doorbell,
+    config: NearLineConfig,
+    now_s: float | None = None,
+    in_hand: Set[str] = frozenset(),
+) -> int:
     """Ring again for tickets whose message was lost; give up what has failed for too long; drop what expired.
+
+    Args:
+        spool, doorbell, config: the teacher's.
+        now_s: seconds since 1970; by default now.
+        in_hand: tickets that this process is working on; their messages are not lost, however long it takes.
 
     Returns:
         Tickets that were rung for.
@@ -186,7 +198,7 @@ def sweep(spool: Spool, doorbell: Doorbell, config: NearLineConfig, now_s: float
                 ticket, f"{history.reason} (still, {config.consumer.give_up_s:g} s after it was accepted)"
             ):
                 continue
-        if seen < quiet_since:
+        if seen < quiet_since and ticket not in in_hand:
             spool.touch(ticket)
             doorbell.ring(ticket)
             rung += 1

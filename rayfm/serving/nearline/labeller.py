@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
+import time
+import uuid
 from collections.abc import Callable, Sequence
 
 import pyarrow as pa
@@ -21,6 +24,8 @@ from rayfm.serving.nearline.labels import TICKET, NearLineLabels
 from rayfm.serving.nearline.rows import TeacherVersion, Versions, fitted, period_of
 from rayfm.serving.nearline.spool import ROW as POSTED_ROW
 from rayfm.serving.nearline.spool import Spool, Spooled
+
+_PROCESS = uuid.uuid4().hex
 
 Score = Callable[[pa.Table, str], tuple[str, pa.Table]]
 """(rows in the example store's columns, version) -> (the version that answered, a column of predictions per task)."""
@@ -52,27 +57,34 @@ class Labeller:
     def label(self, batch: Sequence[Spooled]) -> dict[str, Failure | None]:
         """Label tickets in one batch; where that fails, each by itself, so that one bad ticket spoils no other.
 
+        A teacher that is slow takes a forward's time for each try. No try is begun that could outlast the time after
+        which a consumer is taken for dead: what is left is to be tried again.
+
         Returns:
             For each ticket None, or why it is not labelled.
         """
         outcome: dict[str, Failure | None] = {}
+        consumer = self._config.consumer
+        last_start = time.monotonic() + 2 * consumer.stall_s - consumer.score_timeout_s
         for version in dict.fromkeys(entry.version for entry in batch):
             part = [entry for entry in batch if entry.version == version]
-            failure = self._try(part)
+            failure = self._try(part, last_start)
             if failure is None or len(part) == 1 or not failure.lasting:
                 outcome |= {entry.ticket: failure for entry in part}
             else:
-                outcome |= {entry.ticket: self._try([entry]) for entry in part}
+                outcome |= {entry.ticket: self._try([entry], last_start) for entry in part}
         for ticket, failure in outcome.items():
             if failure is not None:
                 self._spool.note(ticket, "failed", why=failure.why, lasting=failure.lasting)
         return outcome
 
-    def _try(self, batch: Sequence[Spooled]) -> Failure | None:
+    def _try(self, batch: Sequence[Spooled], last_start: float) -> Failure | None:
+        if time.monotonic() > last_start:
+            return Failure("the teacher took too long over others of the batch", lasting=False)
         try:
             self._label(batch)
         except Exception as error:  # whatever it is, it must not end the consumer: the journal has it
-            return Failure(_text(error), is_lasting(error))
+            return failure_of(error)
         return None
 
     def _label(self, batch: Sequence[Spooled]) -> None:
@@ -131,21 +143,19 @@ class Labeller:
 def take(spool: Spool, ticket: str, config: NearLineConfig) -> Spooled | None:
     """What a delivered ticket asks for; None where nothing is left to do.
 
-    The delivery is noted. A ticket that was delivered too often without an end becomes a dead letter here, as does one
-    whose rows are damaged.
+    The delivery is noted; `Spool.end` is to be told of its end. A ticket that too many processes took without an end
+    becomes a dead letter here, as does one whose rows are damaged.
     """
-    history = spool.history(ticket)
-    if history.crashes >= config.consumer.crashes:
-        spool.bury(ticket, f"was delivered {history.crashes} times without an end: its consumers died with it")
+    crashes = spool.history(ticket).crashes(process_name())
+    if crashes >= config.consumer.crashes:
+        spool.bury(ticket, f"{crashes} consumers took it and came to no end: they died with it")
         return None
     try:
         entry = spool.read(ticket)
     except DataError as error:
         spool.bury(ticket, str(error))
         return None
-    if entry is not None:
-        spool.note(ticket, "delivered", process=os.getpid())
-    return entry
+    return None if entry is None else spool.begin(entry, process_name())
 
 
 def settle(spool: Spool, ticket: str, failure: Failure, config: NearLineConfig) -> bool:
@@ -153,6 +163,16 @@ def settle(spool: Spool, ticket: str, failure: Failure, config: NearLineConfig) 
     if failure.lasting and spool.history(ticket).lasting > config.consumer.retries:
         return spool.bury(ticket, failure.why)
     return False
+
+
+def process_name() -> str:
+    """What no other process is called, also not one in another machine or container, or after this one's death."""
+    return f"{socket.gethostname()}/{os.getpid()}/{_PROCESS}"
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What an error says of a try."""
+    return Failure(_text(error), is_lasting(error))
 
 
 def is_lasting(error: BaseException) -> bool:

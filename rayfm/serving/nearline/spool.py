@@ -4,7 +4,7 @@ Below ``<root>/nearline/spool/<teacher>/``; where a ticket's rows lie is its sta
 
 ===============  =======================================================================================
 ``queued/``      ``<ticket>.arrow``: the rows as they were posted (an Arrow IPC file), synced before the 202
-``journal/``     ``<ticket>.jsonl``: what happened to a queued ticket: deliveries, scorings, failures
+``journal/``     ``<ticket>.jsonl``: what happened to a queued ticket: deliveries, scorings, failures, ends
 ``dead/``        ``<ticket>.arrow`` as it was queued, and ``<ticket>.json`` with the reason and the journal
 ``done/``        ``<ticket>.json``: the committed ticket's status, kept until it expires
 ``rejects/``     ``<ticket>-<rows>.arrow``: rows of a post that were refused, with a ``reason`` column
@@ -20,6 +20,7 @@ import dataclasses
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ class Spooled:
     table: pa.Table
     """The posted columns, and `ROW`."""
 
+    delivery: str = ""
+    """Id of the delivery that handed them out; empty where they were only read."""
+
 
 @dataclasses.dataclass(frozen=True)
 class History:
@@ -69,10 +73,13 @@ class History:
     reason: str | None = None
     """The last failure's."""
 
-    @property
-    def crashes(self) -> int:
-        """Deliveries of which neither an end nor an error is known: the consumer died, or is still at it."""
-        return self.deliveries - self.failures
+    unfinished: frozenset[str] = frozenset()
+    """Processes that took the ticket and did not note an end: each died, or is still at it."""
+
+    def crashes(self, process: str) -> int:
+        """Processes but this one that took the ticket and never came to an end. One that dies with several deliveries
+        of a ticket died once. One that lives is counted too, but while it lives nobody else is rung for the ticket."""
+        return len(self.unfinished - {process})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +180,7 @@ class Spool:
         )
 
     def touch(self, ticket: str) -> None:
-        """Note that the ticket's message was sent just now."""
+        """Note that the ticket's message was sent just now, or that it is being worked on."""
         with contextlib.suppress(FileNotFoundError):
             os.utime(self._path(ticket))
 
@@ -190,15 +197,31 @@ class Spool:
         """What happened to a queued ticket so far."""
         deliveries = failures = lasting = 0
         scored, reason = False, None
+        begun: dict[str, str] = {}  # delivery -> process
         for line in self._lines(ticket):
             if line["event"] == "delivered":
                 deliveries, scored = deliveries + 1, False
+                if "delivery" in line:
+                    begun[line["delivery"]] = line["process"]
+            elif line["event"] == "ended":
+                begun.pop(line["delivery"], None)
             elif line["event"] == "scored":
                 scored = True
             elif line["event"] == "failed":
                 failures, lasting, scored = failures + 1, lasting + bool(line["lasting"]), False
                 reason = line["why"]
-        return History(deliveries, failures, lasting, scored, reason)
+        return History(deliveries, failures, lasting, scored, reason, frozenset(begun.values()))
+
+    def begin(self, entry: Spooled, process: str) -> Spooled:
+        """Note that a process takes a ticket; the entry comes back with the delivery's id, for `end`."""
+        entry = dataclasses.replace(entry, delivery=uuid.uuid4().hex)
+        self.note(entry.ticket, "delivered", delivery=entry.delivery, process=process)
+        return entry
+
+    def end(self, entry: Spooled) -> None:
+        """Note that the process which took a ticket lives and is done with it, whatever came of it."""
+        if self._path(entry.ticket).exists():  # else its journal is gone, and must not come back
+            self.note(entry.ticket, "ended", delivery=entry.delivery)
 
     def finish(self, ticket: str, version: str, rows: int, rejected: int, table_version: int, ttl_s: float) -> None:
         """The rows' labels are committed: remember so for ``ttl_s`` seconds and drop the rows."""
