@@ -310,7 +310,9 @@ class TrainingLoop:
             return RayDataReader(plan, encoder, [period], self.rank, self.world, start)
         if self._ray_reader is None or period not in self._ray_reader.periods:
             prepared = set(self.store.periods())
-            known = [period for period in self.spec.periods[index:] if period in prepared]
+            # Not those that are predicted alone: the pipeline would read them, and hold their blocks, for nobody.
+            ahead = self.spec.periods[index : self.spec.trained]
+            known = [period for period in ahead if period in prepared]
             self._ray_reader = RayDataReader(plan, encoder, known, self.rank, self.world, start)
         return self._ray_reader
 
@@ -490,5 +492,6 @@ class PeriodRecord(Config):
     parts: dict[str, float]
     losses: dict[str, float]
     calibration: dict[str, Fits] = {}
-    """Learner -> task -> slope and shift of the calibrator that its snapshot holds."""
+    """Learner -> task -> slope and shift as of this period: fitted on its predictions, or before where it has no fit.
+    Its snapshot holds them, where the period was trained on, with ``logit_shift`` added to the shift."""
     versions: dict[str, str]

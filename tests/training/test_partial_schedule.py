@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import training_runs as runs
 from example_store import write_store
 
 from rayfm.snapshots.load import SnapshotStore
+from rayfm.training.loop import TrainingLoop
+from rayfm.training.trainer import single_process_group
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,22 @@ def test_it_goes_on_from_its_last_checkpoint(store: Path, tmp_path: Path) -> Non
     again = runs.train_here(spec).done
     assert [version for _, version in again] == [first[-1][1]]
     assert (spec.folder / "periods" / f"{runs.PERIODS[2]}.json").exists()
+
+
+def test_a_reader_is_not_planned_over_periods_that_are_only_predicted(store: Path, tmp_path: Path) -> None:
+    whole = runs.spec(store, tmp_path, runs.learner("fm"), reader="ray_data")
+    planned = []
+
+    def keep(plan, encoder, periods, rank, world, start):
+        planned.append(list(periods))
+        return SimpleNamespace(periods=periods)
+
+    with pytest.MonkeyPatch.context() as patch, single_process_group():
+        patch.setattr("rayfm.training.loop.RayDataReader", keep)
+        for trained, index in ((None, 0), (2, 0), (2, 1)):
+            spec = whole.model_copy(update={"trained": trained})
+            TrainingLoop(spec, runs.Free())._training_reader(index, 0, {})
+    assert planned == [list(runs.PERIODS), list(runs.PERIODS[:2]), [runs.PERIODS[1]]]
 
 
 def test_a_model_of_one_traffic_learns_its_rows_alone(store: Path, tmp_path: Path) -> None:
