@@ -124,8 +124,11 @@ def plain_batch(
     )
 
 
-def only_inputs(batch: Batch, features: Iterable[str] | None, rows: int) -> Batch:
-    """The first ``rows`` rows of ``batch`` on the CPU, with the ids of ``features`` alone (None: all)."""
+def only_inputs(
+    batch: Batch, features: Iterable[str] | None, rows: int, represented: Iterable[str] | None = None
+) -> Batch:
+    """The first ``rows`` rows of ``batch`` on the CPU, with the ids of ``features`` and the vectors of ``represented``
+    alone (None: all)."""
     batch = batch.to(torch.device("cpu"))
     wanted = None if features is None else set(features)
     jagged = {}
@@ -138,13 +141,15 @@ def only_inputs(batch: Batch, features: Iterable[str] | None, rows: int) -> Batc
         chosen = KeyOrder(kept).select(ids) if kept else None
         if chosen is not None:
             jagged[name] = _first_rows(chosen, len(batch), rows)
-    known, mask = batch.representation, batch.representation_mask
+    read = None if represented is None else set(represented)
+    widths = tuple(pair for pair in batch.representation_widths if read is None or pair[0] in read)
+    vectors = [batch.represented(name) for name, _ in widths] if batch.representation is not None else []
     return plain_batch(
         batch.dense[:rows],
         jagged,
-        None if known is None else known[:rows],
-        None if mask is None else mask[:rows],
-        batch.representation_widths,
+        torch.cat([value[:rows] for value, _ in vectors], dim=1) if vectors else None,
+        torch.stack([known[:rows] for _, known in vectors], dim=1) if vectors else None,
+        widths if vectors else (),
     )
 
 

@@ -68,7 +68,7 @@ class CheckpointState(Config):
     rates: dict[str, list[float]] = {}
     """Task -> [weighted label sum, weight] of all rows trained on, for ExFM's NE."""
     partial: dict[str, Any] = {}
-    """Sums of the period under way: examples, seconds, loss terms."""
+    """Of the period under way: examples, sums of loss terms, the calibrators' fits. At a period's end its record."""
     world: int = 1
 
 

@@ -44,7 +44,7 @@ def trained_rows(learner: Learner, batch: Batch) -> CheckRows:
     learner.dmp.eval()
     # Not through `predict`, which runs in bf16 where training does: an export is compared with the weights in fp32.
     logits = learner.module.model(batch.to(learner.device)).logits
-    own = only_inputs(batch, learner.config.model.features, len(batch))
+    own = only_inputs(batch, learner.config.model.features, len(batch), learner.config.histories())
     return CheckRows(own, {task: z.float().cpu() for task, z in logits.items()})
 
 
