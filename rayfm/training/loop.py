@@ -277,6 +277,7 @@ class TrainingLoop:
             self._report(period, step, steps, "train")
             partial["examples"] += len(cpu_batch)
             for task in tasks:
+                # Of all rows with their true labels, whatever a learner sees of them: one unit of `ne_train` for all.
                 label, known = cpu_batch.label(task)
                 self.rates.update(task, label, known, cpu_batch.weight)
             batch = cpu_batch.to(self.device)

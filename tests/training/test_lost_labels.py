@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def test_training_sees_them_lost_and_scoring_does_not(tmp_path: Path) -> None:
     specs = [runs.spec(store, tmp_path / name, item, **fast) for name, item in (("all", learner), ("none", hidden))]
     for spec in specs:
         runs.train_here(spec)
+    rates = [json.loads((s.folder / "metrics" / runs.PERIODS[2] / "rates.json").read_text()) for s in specs]
+    assert rates[0] == rates[1], "ne_train divides by one entropy for all, or it would say who lost labels"
     sums = [runs.metric_sums(spec, runs.PERIODS[2], "fm.none.1")["impression/click/sums"].sum(0) for spec in specs]
     assert sums[0][2] == sums[1][2] > 0, "the labels that it is scored against are all there"
     assert float(sums[1][3] / sums[1][1]) < 0.5 * float(sums[0][3] / sums[0][1]), "it learnt that nothing is clicked"
