@@ -80,7 +80,9 @@ class Students:
         load = partial(load_exported, config=config.compile)
         newest = partial(NewestFollower, store, poll_s=config.poll_s, load=load)
         self._shelf: Shelf[LoadedVersion] = Shelf(follow or newest, config.max_loaded)
-        for model in self.models[: config.max_loaded]:
+        self._starting = list(self.models[: config.max_loaded])
+        """Models that the start loads and that have not answered yet."""
+        for model in self._starting:
             self._shelf.get(model)
 
     def versions(self) -> dict[str, str | None]:
@@ -90,8 +92,14 @@ class Students:
 
     @property
     def ready(self) -> bool:
-        """Whether every model has a version that can answer, or as many as are kept in memory."""
-        return len(self._shelf.loaded()) >= min(len(self.models), self._shelf.limit)
+        """Whether every model that the start loads, as many as are kept in memory, has a version that can answer.
+
+        It stays so: where there are more models than are kept, one that is asked for takes another's place and loads
+        for a while, which delays who asked for it alone. A process that is at work is not to be taken out for it.
+        """
+        kept, loaded = self._shelf.kept(), self._shelf.loaded()
+        self._starting = [model for model in self._starting if model in kept and model not in loaded]
+        return not self._starting
 
     async def score(self, model: str, payload: Payload, deadline: Deadline) -> Scored:
         """Predictions for a request's candidates, all by one version.

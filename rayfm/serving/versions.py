@@ -170,8 +170,15 @@ class Shelf(Generic[AnswersT]):
             while len(self._slots) > self.limit:
                 leaving.append(self._slots.popitem(last=False)[1])
         for old in leaving:
-            old.add_done_callback(_close)
+            # Closing waits for a thread and for the metadata store, and who asks here is often an event loop. Nor is it
+            # the newcomer's thread, whose load would wait as long.
+            threading.Thread(target=old.add_done_callback, args=(_close,), daemon=True, name="rayfm-close").start()
         return slot
+
+    def kept(self) -> set[str]:
+        """The models that are in memory, or on their way."""
+        with self._lock:
+            return set(self._slots)
 
     def loaded(self) -> dict[str, str]:
         """Model -> the version that answers, of the models in memory."""

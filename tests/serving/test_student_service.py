@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from rayfm.serving.http.problems import Problem
 from rayfm.serving.http.queue import Deadline
 from rayfm.serving.student import Students
 from rayfm.serving.teacher import load_version
-from rayfm.serving.versions import NewestFollower, warm
+from rayfm.serving.versions import NewestFollower, Shelf, warm
 from rayfm.snapshots import SnapshotStore
 
 CONFIG = EndpointsConfig(poll_s=0.02, max_loaded=2, compile=CompileConfig(compile="torchscript"))
@@ -73,6 +74,61 @@ def test_only_so_many_models_stay_in_memory(students):
     assert students.ready
     score(students, "a.none.1")
     assert students.versions() == {"a.none.1": "v1", "b.none.1": None, "c.x.1": "v1"}
+
+
+class Held:
+    """A follower of a version that is there at once, or once the gate opens; closing it takes as long as it is told."""
+
+    def __init__(self, gate: threading.Event | None = None, leave: threading.Event | None = None) -> None:
+        self.leave, self.closed_by = leave, None
+        if gate is not None:
+            assert gate.wait(20)
+
+    def current(self):
+        return SimpleNamespace(version="v1")
+
+    def close(self) -> None:
+        if self.leave is not None:
+            self.leave.wait(5)
+        self.closed_by = threading.current_thread()
+
+
+def test_who_asks_for_a_model_does_not_wait_for_the_one_that_leaves():
+    leave, made = threading.Event(), []
+
+    def follow(model):
+        made.append(Held(leave=leave))
+        return made[-1]
+
+    shelf = Shelf(follow, 1)
+    shelf.get("a").result(20)
+    assert shelf.get("b").result(20) is made[1]
+    assert made[0].closed_by is None, "it is still closing"
+    leave.set()
+    until(lambda: made[0].closed_by is not None)
+    assert made[0].closed_by is not threading.current_thread()
+    shelf.close()
+    assert made[1].closed_by is not None
+
+
+def test_a_model_that_takes_anothers_place_leaves_the_process_ready(tmp_path):
+    gates = {model: threading.Event() for model in "abc"}
+    students = Students(str(tmp_path), tuple(gates), CONFIG, follow=lambda model: Held(gates[model]))
+    assert not students.ready
+    gates["a"].set()
+    until(lambda: students.versions()["a"] is not None)
+    assert not students.ready, "two are kept in memory"
+    gates["b"].set()
+    until(lambda: students.ready)
+    with pytest.raises(Problem) as late:
+        score(students, "c", seconds=0.05)
+    assert late.value.status == 504
+    assert students.versions() == {"a": None, "b": "v1", "c": None}
+    assert students.ready
+    gates["c"].set()
+    until(lambda: students.versions()["c"] is not None)
+    assert students.ready
+    students.close()
 
 
 def test_only_the_given_models_are_looked_up(students, root):
