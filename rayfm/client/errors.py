@@ -60,7 +60,7 @@ class Overloaded(ScoreError):
 
 
 class Unavailable(ScoreError):
-    """The service cannot answer now, or the connection was lost before its reply (503)."""
+    """The service cannot answer now (503), or the connection, or the replica that scored, was lost before its reply."""
 
     retryable = True
 

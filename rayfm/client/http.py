@@ -26,6 +26,7 @@ from rayfm.client.retry import Retries, parse_retry_after
 from rayfm.client.wire import (
     ARROW,
     JSON,
+    PROBLEM,
     TIMEOUT_HEADER,
     VERSION_HEADER,
     Columns,
@@ -143,8 +144,9 @@ class Client(Caller):
     def label(self, teacher: str, rows: Columns, timeout_s: float | None = None) -> Ticket:
         """Post rows that the teacher is to label near-line; good rows are accepted, bad ones listed.
 
-        A post whose reply is lost is sent again, as every call is. It may have been accepted, and then its rows have
-        two tickets; a look-up takes the first one's labels.
+        A post whose reply is lost with its connection is sent again, as every call is. It may have been accepted, and
+        then its rows have two tickets; a look-up takes the first one's labels. A post whose process died (a 500 that is
+        no answer of the service's) is not sent again: it may have been accepted too, and the caller is to decide.
 
         Args:
             teacher: its name.
@@ -157,13 +159,16 @@ class Client(Caller):
         Raises:
             InvalidRequest: a column is missing, or no row is good; ``rejects`` has the first reasons.
             Overloaded: too many posts wait still, after the last try.
+            ServerFault: the service failed; the rows may have been accepted.
             ScoreError: another of its kinds, by what went wrong.
         """
         content, media = self._teacher_body(rows)
         headers = {"Content-Type": media, "Accept": JSON}
         path = f"/v1/teachers/{teacher}/label"
         return read_ticket(
-            self._call(lambda left: _answer(self._send("POST", path, headers, left, content), 202), timeout_s)
+            self._call(
+                lambda left: _answer(self._send("POST", path, headers, left, content), 202, repeatable=False), timeout_s
+            )
         )
 
     def ticket_state(self, ticket: Ticket | str, timeout_s: float | None = None) -> TicketState:
@@ -282,7 +287,8 @@ def _json(value: Any) -> Body:
     return json.dumps(value, allow_nan=False).encode(), JSON
 
 
-def _error(response: httpx.Response) -> ScoreError:
+def _error(response: httpx.Response, repeatable: bool = True) -> ScoreError:
+    """What a refusal raises. A call that is ``repeatable`` changes nothing, so that it may be sent twice."""
     rejects: tuple[Reject, ...] = ()
     try:
         body = response.json()
@@ -290,15 +296,21 @@ def _error(response: httpx.Response) -> ScoreError:
     except (ValueError, KeyError, TypeError):
         message = response.text[:200] or response.reason_phrase
     retry_after = parse_retry_after(response.headers.get("retry-after"))
-    error = error_of_status(response.status_code, f"{message} ({response.status_code})", retry_after)
+    said = f"{message} ({response.status_code})"
+    if response.status_code == 500 and not response.headers.get("content-type", "").startswith(PROBLEM):
+        # The service's own faults are problems. This is its proxy's, whose replica died with the request.
+        if repeatable:
+            return Unavailable(f"the replica was lost: {said}", retry_after)
+        said = f"the replica was lost, and it is not known whether it had accepted the rows: {said}"
+    error = error_of_status(response.status_code, said, retry_after)
     if isinstance(error, InvalidRequest):
         error.rejects = rejects
     return error
 
 
-def _answer(response: httpx.Response, status: int) -> Any:
+def _answer(response: httpx.Response, status: int, repeatable: bool = True) -> Any:
     if response.status_code != status:
-        raise _error(response)
+        raise _error(response, repeatable)
     try:
         return response.json()
     except ValueError as error:

@@ -2,6 +2,12 @@
 
 The service's own words for the same are `rayfm.serving.nearline.intake.Accepted` and
 `rayfm.serving.nearline.tickets.TicketStatus`.
+
+A post is accepted before it is answered, and no key tells that two are the same. `rayfm.client.Client.label` sends one
+again where it was refused (429, 503) and where the connection was lost: then it may have been accepted before, its rows
+have two tickets, and a look-up takes the first one's labels. It does not where the service's process died with the post
+(a 500 of the proxy's): that raises `ServerFault`, and the caller decides. To ask for a ticket changes nothing and is
+always tried again.
 """
 
 from __future__ import annotations

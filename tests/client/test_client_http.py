@@ -19,7 +19,7 @@ from rayfm.client import (
     Unauthorized,
     Unavailable,
 )
-from rayfm.client.wire import ARROW, JSON, write_stream
+from rayfm.client.wire import ARROW, JSON, PROBLEM, write_stream
 
 PREDICTIONS = pa.table({"click": pa.array([0.25, 0.5], pa.float32())})
 
@@ -32,6 +32,7 @@ def reply(media: str = ARROW, version: str | None = "v1") -> httpx.Response:
 
 
 def refusal(status: int, detail: str = "no", **headers: str) -> httpx.Response:
+    headers = {"content-type": PROBLEM} | headers
     return httpx.Response(status, headers=headers, json={"detail": detail, "status": status})
 
 
@@ -150,6 +151,14 @@ def test_errors_are_typed(answer, kind, said):
     script = Script(answer)
     with pytest.raises(kind, match=said):
         score(script.client(retries=Retries(attempts=1)))
+
+
+@pytest.mark.parametrize("answer", [httpx.Response(500, text="Internal Server Error"), httpx.Response(500, json={})])
+def test_a_replica_that_died_with_a_request_is_asked_for_again(answer):
+    script = Script(answer, reply())
+    assert score(script.client()).version == "v1"
+    with pytest.raises(Unavailable, match="the replica was lost"):
+        score(Script(answer).client(retries=Retries(attempts=1)))
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 500, 504])

@@ -88,6 +88,16 @@ def test_a_full_queue_is_waited_for_as_it_asks():
     assert len({request.content for request in script.requests}) == 1
 
 
+def test_a_post_whose_replica_died_is_not_sent_again_as_it_may_be_accepted():
+    died = httpx.Response(500, text="Internal Server Error")
+    script = Script(died, answer(202, ACCEPTED))
+    with pytest.raises(ServerFault, match="not known whether it had accepted the rows"):
+        script.client().label("fm", ROWS)
+    assert len(script.requests) == 1
+    asked = Script(died, state("queued"))
+    assert asked.client().ticket_state(TICKET).state == "queued", "to ask changes nothing"
+
+
 def test_a_queue_that_stays_full_is_an_error_within_the_deadline():
     script = Script(*[answer(429, {"detail": "9 posts wait"}, **{"retry-after": "3"})] * 2)
     with pytest.raises(Overloaded, match="9 posts wait"):
