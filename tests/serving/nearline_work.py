@@ -47,6 +47,9 @@ def label_all(plain: dict[str, object], step: int, before: bool) -> None:
     spool = Spool(config.root, config.teacher)
     labels = NearLineLabels(config.root)
     labeller = Labeller(config, spool, labels, Versions(SnapshotStore(config.root), config.model), answer)
+    table = labels.open()
+    if table is not None:
+        labels.sync(table)  # the log of those who died before, so that the steps are the same each time
     die_at(step, before)
     tickets = [ticket for ticket, _ in spool.waiting()]
     for start in range(0, len(tickets), 3):

@@ -18,7 +18,8 @@ from rayfm.serving.nearline.spool import Spool
 from rayfm.snapshots import SnapshotStore
 
 STEPS = 16
-"""A batch of three tickets syncs its data file and folder, the commit and its folder, and three records with theirs."""
+"""A batch of three tickets syncs its data file and three folders, the commit and its folder, and three records with
+theirs; the first batch the table's making as well."""
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,8 @@ class Labeller:
         held = frozenset[str]()
         if table is not None:
             held = self._labels.held(table, self._config.teacher, frozenset(by_ticket))
-        if table is not None and held:  # labelled by a consumer that died before it could say so
+        if table is not None and held:  # labelled by a consumer that died before it could say so, or could sync it
+            self._labels.sync(table)
             self._finish([by_ticket[ticket] for ticket in held], table.version())
         rest = [entry for entry in batch if entry.ticket not in held]
         if not rest:

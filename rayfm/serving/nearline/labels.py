@@ -41,7 +41,7 @@ from deltalake.schema import PrimitiveType
 from deltalake.transaction import AddAction
 
 from rayfm.config import CapacityError, LabelError
-from rayfm.config.durable import sync_file, write_durably
+from rayfm.config.durable import sync_dir, sync_file, write_durably
 from rayfm.labels.columns import (
     EXAMPLE_ID,
     PERIOD,
@@ -63,6 +63,9 @@ PLACE: dict[str, pa.DataType] = {
     EXAMPLE_ID: pa.int64(),
 }
 RETRIES = 100
+
+_WRITTEN_BACK_S = 600.0
+"""Age at which a file is durable whoever wrote it: systems write back within a minute, and clocks may differ a bit."""
 
 _CONFIGURATION = {
     # Old table versions stay readable, as the label store's do.
@@ -128,6 +131,8 @@ class NearLineLabels:
 
     def __init__(self, root: str | Path) -> None:
         self.folder = Path(root) / "nearline" / "labels"
+        self._synced = -1  # the table version up to which this object knows the log to be durable
+        self._folders: set[Path] = set()  # those whose entries in the folders above are
 
     def open(self, table_version: int | None = None) -> DeltaTable | None:
         """The Delta table at a version (None: the newest); None where nothing was ever labelled.
@@ -174,6 +179,7 @@ class NearLineLabels:
                 if now_held != held:
                     held, actions = now_held, None
                 if held == wanted:
+                    self.sync(table)
                     return Appended(table.version(), frozenset(), held)
                 if actions is None:
                     rest = rows.filter(pc.invert(pc.is_in(rows[TICKET], pa.array(sorted(held), pa.string()))))
@@ -190,14 +196,36 @@ class NearLineLabels:
                     ),
                 )
                 table.update_incremental()
-                # The spooled rows go next: what replaces them must not be in the system's cache alone.
-                sync_file(self.folder / "_delta_log" / f"{table.version():020d}.json")
+                self.sync(table)
                 return Appended(table.version(), wanted - held, held)
             except CommitFailedError:
                 time.sleep(random.uniform(0, min(0.5, 0.01 * 2 ** min(attempt, 6))))
             except (DeltaError, OSError) as error:
                 raise CapacityError(f"{self.folder}: cannot commit ({error}); free space or fix access") from None
         raise CapacityError(f"{self.folder}: gave way to {retries + 1} other commits; run fewer writers")
+
+    def sync(self, table: DeltaTable) -> None:
+        """Make a table's version durable, with all before it, whoever committed them: call it before spooled rows go.
+
+        A commit stands in the system's cache alone until somebody syncs it, and its writer may be slower than the one
+        who builds on it, or dead. Commits below a version that this object has synced, or that are older than ten
+        minutes, are durable already.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        log, newest = self.folder / "_delta_log", table.version()
+        before = time.time() - _WRITTEN_BACK_S
+        for version in range(newest, self._synced, -1):
+            path = log / f"{version:020d}.json"
+            sync_file(path)
+            checkpoint = log / f"{version:020d}.checkpoint.parquet"
+            for extra in (checkpoint, log / "_last_checkpoint") if checkpoint.exists() else ():
+                sync_file(extra)
+            if path.stat().st_mtime < before:
+                break
+        self._sync_folders(log)
+        self._synced = max(self._synced, newest)
 
     def held(self, table: DeltaTable, teacher: str, tickets: frozenset[str]) -> frozenset[str]:
         """Those of ``tickets`` that a table has rows of."""
@@ -334,7 +362,12 @@ class NearLineLabels:
             return 0
         filters = [(TEACHER, "=", check_part("teacher", teacher)), (PERIOD, "=", check_part("period", period))]
         try:
-            return int(table.optimize.compact(partition_filters=filters)["numFilesRemoved"])
+            before = _paths(table)
+            replaced = int(table.optimize.compact(partition_filters=filters)["numFilesRemoved"])
+            for path in _paths(table) - before:
+                sync_file(self.folder / path)
+            self.sync(table)
+            return replaced
         except (DeltaError, OSError) as error:
             raise CapacityError(f"{self.folder}: cannot compact {teacher}/{period} ({error}); try again") from None
 
@@ -371,6 +404,7 @@ class NearLineLabels:
             relative = f"{TEACHER}={teacher}/{PERIOD}={check_part('period', period)}/{uuid.uuid4().hex}.parquet"
             path = self.folder / relative
             size = write_durably(path, lambda file, part=part: pq.write_table(part, file, compression="zstd"))  # type: ignore[misc]
+            self._sync_folders(path.parent)
             actions.append(
                 AddAction(
                     path=relative,
@@ -383,6 +417,15 @@ class NearLineLabels:
             )
         return actions
 
+    def _sync_folders(self, folder: Path) -> None:
+        """Make the way from the root to a folder durable, once."""
+        way = []
+        while folder != self.folder.parent.parent and folder not in self._folders:
+            sync_dir(folder.parent)
+            way.append(folder)
+            folder = folder.parent
+        self._folders.update(way)
+
     def _read(self, path: str, columns: list[str]) -> pa.Table:
         try:
             with pq.ParquetFile(self.folder / path) as file:
@@ -390,6 +433,12 @@ class NearLineLabels:
                 return file.read(columns=[name for name in columns if name in names], use_threads=False)
         except (OSError, pa.ArrowInvalid) as error:
             raise LabelError(f"{self.folder / path}: missing or corrupt label file ({error})") from None
+
+
+def _paths(table: DeltaTable) -> set[str]:
+    """Data files of a table's version."""
+    actions = pa.table(table.get_add_actions(flatten=True))
+    return set(actions["path"].to_pylist()) if actions.num_rows else set()
 
 
 def _stats(data: pa.Table) -> dict[str, object]:
