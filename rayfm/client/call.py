@@ -13,6 +13,8 @@ from rayfm.client.retry import Retries
 
 Reply = TypeVar("Reply")
 
+LATE = "no reply within the deadline"
+
 
 class Caller(abc.ABC):
     """Calls a service. One may be shared by threads; ``with`` closes it.
@@ -50,7 +52,7 @@ class Caller(abc.ABC):
         for attempt in range(1, self.retries.attempts + 1):
             left = end - self._clock()
             if left <= 0:
-                raise DeadlineExceeded("no reply within the deadline")
+                raise DeadlineExceeded(LATE)
             try:
                 return send(left)
             except ScoreError as error:

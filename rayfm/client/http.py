@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
 import pyarrow as pa
 
-from rayfm.client.call import Caller
+from rayfm.client.call import LATE, Caller
 from rayfm.client.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -38,6 +38,8 @@ from rayfm.client.wire import (
 )
 
 _FIRST_POLL_S = 0.05
+_SHORTEST_S = 1e-3
+"""A socket's timeout is above 0, which would mean not to wait at all."""
 
 Body = tuple[bytes, str]
 """Bytes and their content type."""
@@ -229,10 +231,7 @@ class Client(Caller):
         Raises:
             ScoreError: no answer.
         """
-        try:
-            response = self._http.get("/readyz", timeout=self.timeout_s)
-        except httpx.HTTPError as error:
-            raise Unavailable(f"no answer: {error or type(error).__name__}") from None
+        response = self._send("GET", "/readyz", {}, self.timeout_s)
         if response.status_code not in (200, 503) or "ready" not in response.text:
             raise _error(response)
         found: dict[str, Any] = response.json()
@@ -274,13 +273,56 @@ class Client(Caller):
         query: Mapping[str, str] | None = None,
     ) -> httpx.Response:
         told = {**headers, TIMEOUT_HEADER: f"{left * 1000:.0f}"}
+        remaining = _Remaining(self._clock, self._clock() + left)
+        request = self._http.build_request(
+            method, path, content=content, params=query, headers=told, extensions={"timeout": remaining}
+        )
         try:
-            return self._http.request(method, path, content=content, params=query, headers=told, timeout=left)
+            response = self._http.send(request, stream=True)
+            try:
+                return self._read(response, remaining)
+            finally:
+                response.close()
         except (httpx.ReadTimeout, httpx.WriteTimeout):
-            raise DeadlineExceeded("no reply within the deadline") from None
+            raise DeadlineExceeded(LATE) from None
         except httpx.TransportError as error:
             # No call does harm when it comes twice: whether it arrived before the connection was lost does not matter.
             raise Unavailable(f"connection lost: {error or type(error).__name__}") from None
+        except httpx.DecodingError as error:
+            raise ServerFault(f"the reply cannot be read: {error}") from None
+
+    @staticmethod
+    def _read(response: httpx.Response, remaining: _Remaining) -> httpx.Response:
+        """The whole reply, unless the time is over: each piece may come in time, and their last one never."""
+        pieces = []
+        for piece in response.iter_bytes():
+            if remaining.seconds <= 0:
+                raise DeadlineExceeded(LATE)
+            pieces.append(piece)
+        headers = response.headers.copy()
+        headers.pop("content-encoding", None)  # the pieces are decoded
+        return httpx.Response(response.status_code, headers=headers, content=b"".join(pieces))
+
+
+class _Remaining(dict[str, float]):
+    """The timeouts of a request's phases (to get a connection, to connect, to write, to read), which the transport
+    looks up when each begins: then each has what the ones before it have left.
+    """
+
+    def __init__(self, clock: Callable[[], float], end: float) -> None:
+        super().__init__()
+        self._clock, self._end = clock, end
+
+    @property
+    def seconds(self) -> float:
+        """Until the deadline; 0 or less where it is over."""
+        return self._end - self._clock()
+
+    def get(self, key: str, default: Any = None) -> float:  # the transport asks for every phase by this
+        return max(self.seconds, _SHORTEST_S)
+
+    def __getitem__(self, key: str) -> float:
+        return self.get(key)
 
 
 def _json(value: Any) -> Body:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import threading
 
 import httpx
 import numpy as np
@@ -187,6 +189,71 @@ def test_each_try_has_what_is_left_of_the_deadline():
     script = Script(refusal(503, **{"retry-after": "1"}), reply())
     score(script.client(retries=Retries(jitter=0.0)))
     assert [request.headers["x-rayfm-timeout-ms"] for request in script.requests] == ["10000", "9000"]
+
+
+class Drip(httpx.SyncByteStream):
+    """A reply that comes in pieces, each some seconds after the one before."""
+
+    def __init__(self, script: Script, body: bytes, every_s: float) -> None:
+        self.script, self.body, self.every_s, self.closed = script, body, every_s, False
+
+    def __iter__(self):
+        for position in range(len(self.body)):
+            self.script.now += self.every_s
+            yield self.body[position : position + 1]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_reply_that_drips_ends_with_the_deadline():
+    script = Script()
+    whole = reply()
+    drips = [Drip(script, whole.content, seconds) for seconds in (1.0, 0.001)]
+    script.answers += [httpx.Response(200, headers=whole.headers, stream=drip) for drip in drips]
+    client = script.client()
+    with pytest.raises(DeadlineExceeded):
+        score(client)
+    assert script.now == 10.0
+    assert drips[0].closed
+    assert score(client).predictions.equals(PREDICTIONS)
+
+
+def test_each_phase_has_what_the_ones_before_it_have_left():
+    script, given = Script(), []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        for phase, seconds in (("pool", 1.0), ("connect", 4.0), ("write", 7.0), ("read", 0.0)):
+            given.append(request.extensions["timeout"].get(phase))
+            script.now += seconds
+        return reply()
+
+    client = Client("http://service", transport=httpx.MockTransport(answer))
+    client._clock = lambda: script.now
+    with pytest.raises(DeadlineExceeded):
+        score(client)
+    assert given == [10.0, 9.0, 5.0, 0.001]
+
+
+@pytest.mark.parametrize("beginning", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"])
+def test_a_service_that_falls_silent_is_not_waited_for_longer(beginning):
+    over = threading.Event()
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(beginning)
+            over.wait(20)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=0.3) as client:
+            with pytest.raises(DeadlineExceeded):
+                score(client)
+            assert not over.is_set()
+        over.set()
+        thread.join()
 
 
 def test_columns_that_are_no_table_are_refused_here():
