@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Sequence
 
 from rayfm.config import SnapshotError
-from rayfm.snapshots.current import given_up, read_current, readmit, refusals
+from rayfm.snapshots.current import read_current, readmit, refusals
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import MANIFEST, check_name
 from rayfm.snapshots.metadata.base import Conflict, Lease, LeaseLost, MetadataStore
@@ -94,22 +94,25 @@ class Collector:
         return [entry.key.removeprefix(prefix) for entry in self.metadata.list(prefix)]
 
     def expire(self, model: str) -> list[str]:
-        """Tombstone every version that is neither current, nor among the newest ``keep``, nor held, nor pinned.
+        """Tombstone every version than which ``keep`` newer ones stand, and that is neither current, held nor pinned.
 
-        It deletes no file. Versions that were given up do not count among the newest, and go when newer ones stand.
+        It deletes no file. A version that failed does not count as newer, whoever it failed for: it pushes out no
+        intact one. It goes itself when ``keep`` others do stand, and so never before an intact one in its place would.
 
         Any task may call it, at any time, in any number.
 
         Returns:
             The versions tombstoned now.
         """
-        buried, pinned, refused = set(self.tombstones(model)), self.pins(model), given_up(self.metadata, model)
+        buried, pinned, failed = set(self.tombstones(model)), self.pins(model), refusals(self.metadata, model)
         living = [version for version in self.store.versions(model) if version not in buried]
-        kept = [version for version in living if version not in refused][-self.keep :]
-        current = self._current(model)
+        intact = [version for version in living if version not in failed]
         expired: list[str] = []
+        if len(intact) < self.keep:
+            return expired
+        current = self._current(model)
         for version in living:
-            if not kept or version in kept or version > kept[-1] or version == current:
+            if version >= intact[-self.keep] or version == current:
                 continue
             if version in pinned or self.holders(model, version):
                 continue

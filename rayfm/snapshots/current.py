@@ -7,6 +7,7 @@ points at files that are being deleted; `Collector` spares the version that it n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from rayfm.config import SnapshotError
 from rayfm.snapshots.failures import forget_failures
 from rayfm.snapshots.manifest import check_name
-from rayfm.snapshots.metadata.base import Conflict, LeaseLost, MetadataStore
+from rayfm.snapshots.metadata.base import Conflict, LeaseHeld, LeaseLost, MetadataStore
 
 if TYPE_CHECKING:
     from rayfm.snapshots.collect import Collector
@@ -212,11 +213,28 @@ class Refusal:
 
     reason: str
     by: str
+    """Of the last failure."""
+
     tries: int
-    """How often it was tried; at `TRIES` it is tried no more."""
+    """How many updaters it failed for; at `TRIES` it is tried no more."""
+
+    times: int = 0
+    """How often it failed, for all of them together."""
+
+    updaters: tuple[str, ...] = ()
+    """Those that count in ``tries``."""
 
 
 TRIES = 3
+"""How many updaters must fail to verify a version before all leave it: one that is alone in it, on a machine whose
+mount is broken, keeps no version from the others."""
+
+PAUSE_S = 30.0
+"""How long nobody tries a version that just failed: `TRIES` updaters that look at once see one fault of a file system,
+and not three."""
+
+PAUSE_GROWTH, LONGEST_PAUSE_S = 4.0, 3600.0
+"""How much longer each further pause is, up to the longest: a large version is not read over and over."""
 
 
 def refusals(metadata: MetadataStore, model: str) -> dict[str, Refusal]:
@@ -230,12 +248,20 @@ def given_up(metadata: MetadataStore, model: str) -> set[str]:
     return {version for version, found in refusals(metadata, model).items() if found.tries >= TRIES}
 
 
-def refuse(metadata: MetadataStore, model: str, version: str, reason: str, by: str, tries: int = 1) -> Refusal:
-    """Count ``tries`` more failed tries of a version, so that everybody sees it."""
+def refuse(metadata: MetadataStore, model: str, version: str, reason: str, by: str, for_good: bool = False) -> Refusal:
+    """Say that a version failed for ``by``, so that everybody sees it; ``for_good``: it is tried no more."""
     key = _refused_key(model, version)
     while True:
         entry = metadata.get(key)
-        refusal = Refusal(reason, by, _refusal(entry.value).tries + tries if entry else tries)
+        before = _refusal(entry.value) if entry else Refusal("", "", 0)
+        counts = by not in before.updaters
+        refusal = Refusal(
+            reason,
+            by,
+            max(TRIES, before.tries) if for_good else before.tries + counts,
+            before.times + 1,
+            (*before.updaters, by) if counts else before.updaters,
+        )
         try:
             metadata.compare_and_set(
                 key, json.dumps(dataclasses.asdict(refusal)).encode(), entry.revision if entry else None
@@ -245,9 +271,28 @@ def refuse(metadata: MetadataStore, model: str, version: str, reason: str, by: s
             continue
 
 
+def pause_s(times: int, first_s: float = PAUSE_S) -> float:
+    """Seconds until a version that failed ``times`` times is tried again."""
+    return min(LONGEST_PAUSE_S, first_s * PAUSE_GROWTH ** min(times - 1, 10))
+
+
+def pause(metadata: MetadataStore, model: str, version: str, by: str, seconds: float) -> None:
+    """Keep all updaters from trying a version for a time: a lease, so that the store's clock alone judges it."""
+    with contextlib.suppress(LeaseHeld):
+        metadata.acquire(f"{_pauses(model)}{check_name('version', version)}", by, seconds)
+
+
+def paused(metadata: MetadataStore, model: str) -> set[str]:
+    """Versions of a model that nobody tries now."""
+    return {lease.name.removeprefix(_pauses(model)) for lease in metadata.leases(_pauses(model))}
+
+
 def readmit(metadata: MetadataStore, model: str, version: str) -> bool:
-    """Forget that a version was refused, and who could not load it: it is tried again. Whether it was refused."""
+    """Forget that a version was refused, and who could not load it: it is tried at once. Whether it was refused."""
     forget_failures(metadata, model, version)
+    for lease in metadata.leases(_pauses(model)):
+        if lease.name == f"{_pauses(model)}{version}":
+            metadata.release(lease)
     key, found = _refused_key(model, version), False
     while (entry := metadata.get(key)) is not None:
         found = True
@@ -260,13 +305,18 @@ def readmit(metadata: MetadataStore, model: str, version: str) -> bool:
 
 def _refusal(value: bytes) -> Refusal:
     try:
-        return Refusal(**json.loads(value))
-    except (ValueError, TypeError):
+        fields = json.loads(value)
+        return Refusal(**{**fields, "updaters": tuple(fields.get("updaters", ()))})
+    except (ValueError, TypeError, AttributeError):
         return Refusal("refused", "unknown", TRIES)
 
 
 def _key(model: str) -> str:
     return f"snapshots/current/{check_name('model', model)}"
+
+
+def _pauses(model: str) -> str:
+    return f"snapshots/pauses/{check_name('model', model)}/"
 
 
 def _refused_key(model: str, version: str) -> str:

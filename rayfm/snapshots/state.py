@@ -25,7 +25,7 @@ def states(collector: Collector, model: str) -> dict[str, tuple[str, ...]]:
         if current.version not in versions:
             say(current.version, "files missing")
     for version, refusal in refusals(metadata, model).items():
-        say(version, "refused" if refusal.tries >= TRIES else f"failed {refusal.tries} of {TRIES} tries")
+        say(version, "refused" if refusal.tries >= TRIES else f"failed for {refusal.tries} of {TRIES} updaters")
     for version, failures in load_failures(metadata, model).items():
         if failures.loaders:
             say(version, f"failed to load {failures.times} times")
@@ -53,7 +53,8 @@ def details(collector: Collector, model: str, version: str) -> list[str]:
         lines.append(f"not current: {current.version} is{barred}")
     if version in (refused := refusals(metadata, model)):
         refusal = refused[version]
-        lines.append(f"refused {refusal.tries} of {TRIES} times, last by {refusal.by}: {refusal.reason}")
+        state = "refused" if refusal.tries >= TRIES else f"failed for {refusal.tries} of {TRIES} updaters"
+        lines.append(f"{state}, {refusal.times} times in all, last by {refusal.by}: {refusal.reason}")
     failures = load_failures_of(metadata, model, version)
     for who, failure in failures.loaders.items() if failures is not None else ():
         lines.append(f"failed to load {failure.times} times for {who}: {failure.reason}")

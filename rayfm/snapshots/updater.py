@@ -7,11 +7,24 @@ compare-and-set. The publishing database is only read.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
-from rayfm.config import RayfmError
+from rayfm.config import RayfmError, SnapshotError
 from rayfm.snapshots.collect import REPLICA, Collector
-from rayfm.snapshots.current import TRIES, Current, Pointer, given_up, readmit, refuse
+from rayfm.snapshots.current import (
+    PAUSE_S,
+    TRIES,
+    Current,
+    Pointer,
+    given_up,
+    pause,
+    pause_s,
+    paused,
+    readmit,
+    refusals,
+    refuse,
+)
 from rayfm.snapshots.failures import FAILURES, LoadFailures, load_failures_of
 from rayfm.snapshots.keeper import LeaseKeeper
 from rayfm.snapshots.manifest import SnapshotManifest
@@ -21,23 +34,28 @@ log = logging.getLogger(__name__)
 
 LEASE_S = 30.0
 
+OTHERS_FIRST = 1.25
+"""An updater that a version failed for waits this many times as long as the others before it tries again."""
+
 
 class Updater:
     """Moves `current` of one model to the newest intact version, and back from one that no replica can load.
 
-    A version whose files differ from its manifest, or that ``check`` refuses, is kept out: the refusal is recorded in
-    the metadata store, all updaters heed it after a few tries (a file system may fail for a moment), and the older
-    version stays current. So is a version that is current and that loaders failed to load often enough while nobody had
-    it (`rayfm.snapshots.failures`): `current` then goes back to the newest intact older version that was not rolled
-    back from, unless people pinned it.
+    A version whose files differ from its manifest is not taken: the failure is recorded in the metadata store, nobody
+    tries it for a while, and once it failed for `TRIES` updaters, in pauses that grow, all leave it (a file system may
+    fail for a moment, or on one machine alone). A version that ``check`` refuses is passed over by this updater alone:
+    another one's code may know it. So is a version refused that is current and that loaders failed to load often enough
+    while nobody had it (`rayfm.snapshots.failures`): `current` then goes back to the newest intact older version that
+    was not rolled back from, unless people pinned it.
 
     Args:
         collector: the published versions and their metadata store.
         model: whose versions.
-        by: who updates, for people to read.
+        by: who updates, for people to read, and unlike other updaters' names: failures are told apart by it.
         check: raises a RayfmError, or one of Python's for a wrong value, for an intact version that cannot be used (a
             model that this code does not know).
         lease_s: how long this updater may be silent while it verifies before another one takes over.
+        pause_s: seconds in which nobody tries a version after it failed for the first time.
     """
 
     def __init__(
@@ -47,12 +65,15 @@ class Updater:
         by: str,
         check: Callable[[SnapshotManifest], None] | None = None,
         lease_s: float = LEASE_S,
+        pause_s: float = PAUSE_S,
     ) -> None:
         self.collector, self.model, self.by = collector, model, by
         self.store, self.metadata = collector.store, collector.metadata
         self.pointer = Pointer(collector, model, by)
-        self._check, self._lease_s = check, lease_s
+        self._check, self._lease_s, self._pause_s = check, lease_s, pause_s
         self._complained = ""
+        self._unknown: set[str] = set()  # to this code
+        self._turns: dict[str, float] = {}  # version that failed here -> monotonic time of the next try
 
     def step(self) -> bool:
         """Look once; whether `current` was moved.
@@ -71,7 +92,7 @@ class Updater:
             except LeaseHeld:
                 return False  # another updater verifies; one reading of the files is enough
             try:
-                return self._advance(before, candidates, hopeless, lease)
+                return self._advance(before, hopeless, lease)
             except Conflict:
                 continue  # `current` was moved meanwhile: look again, from there
 
@@ -83,8 +104,20 @@ class Updater:
         newer = [version for version in self.store.versions(self.model) if version > passed]
         if not newer:
             return []
-        out = given_up(self.metadata, self.model).union(self.collector.tombstones(self.model))
+        out = self._left_alone().union(self.collector.tombstones(self.model))
         return [version for version in reversed(newer) if version not in out]
+
+    def _left_alone(self) -> set[str]:
+        """Versions that this updater does not try now."""
+        failed = refusals(self.metadata, self.model)
+        # What was readmitted is tried at once.
+        self._turns = {version: turn for version, turn in self._turns.items() if version in failed}
+        if not failed:
+            return set(self._unknown)
+        now = time.monotonic()
+        others_first = {version for version, turn in self._turns.items() if turn > now}
+        refused = {version for version, refusal in failed.items() if refusal.tries >= TRIES}
+        return refused | others_first | paused(self.metadata, self.model) | self._unknown
 
     def _hopeless(self, before: Current | None) -> LoadFailures | None:
         """The failures to load the current version, where it is to be left for them."""
@@ -101,13 +134,12 @@ class Updater:
             return None
         return failures
 
-    def _advance(
-        self, before: Current | None, candidates: list[str], hopeless: LoadFailures | None, lease: Lease
-    ) -> bool:
+    def _advance(self, before: Current | None, hopeless: LoadFailures | None, lease: Lease) -> bool:
         keeper = LeaseKeeper(self.metadata, self._lease_s)
         try:
             keeper.keep(lease)
-            for version in candidates:
+            # Looked at anew under the lease: another updater may just have seen one fail.
+            for version in self._candidates(before):
                 if self._verified(version):
                     barred, left = (before.barred, before.left) if before else ("", ())
                     self.pointer.move(before, Current(version, self.by, "newest", barred=barred, left=left))
@@ -122,9 +154,10 @@ class Updater:
         why = f"no replica can load it ({failures.counted} failures), last {failures.last()}"
         # First: where this updater dies in between, another one finds what is left to do.
         if before.version not in given_up(self.metadata, self.model):
-            refuse(self.metadata, self.model, before.version, why, self.by, TRIES)
+            refuse(self.metadata, self.model, before.version, why, self.by, for_good=True)
+        left_alone = self._left_alone()
         for version in self.pointer.older(before):
-            if self._verified(version):
+            if version not in left_alone and self._verified(version):
                 reason = f"{before.version} was refused: {why}"
                 after = Current(version, self.by, reason, barred=before.barred, left=before.left)
                 self.pointer.move(before, after)
@@ -141,17 +174,38 @@ class Updater:
 
     def _verified(self, version: str) -> bool:
         try:
-            manifest = self.store.verify(self.model, version)
-            if self._check is not None:
-                self._check(manifest)
+            if not self._known(self.store.manifest(self.model, version)):
+                return False
+            self.store.verify(self.model, version)
         except StoreUnavailable:
             raise
-        except (RayfmError, ValueError, TypeError, LookupError) as error:
-            refusal = refuse(self.metadata, self.model, version, str(error), self.by)
-            end = "it is kept out" if refusal.tries >= TRIES else "it is tried again"
-            log.error("%s@%s is refused (try %d of %d), %s: %s", self.model, version, refusal.tries, TRIES, end, error)
+        except SnapshotError as error:
+            if version in self.store.versions(self.model):  # and was not deleted meanwhile
+                self._refuse(version, str(error))
             return False
         return True
+
+    def _known(self, manifest: SnapshotManifest) -> bool:
+        """Whether this code can use the version: no failure of the version's, so others are told nothing."""
+        try:
+            if self._check is not None:
+                self._check(manifest)
+        except (RayfmError, ValueError, TypeError, LookupError) as error:
+            self._unknown.add(manifest.version)
+            log.error("%s@%s is passed over: this code cannot use it: %s", self.model, manifest.version, error)
+            return False
+        return True
+
+    def _refuse(self, version: str, reason: str) -> None:
+        refusal = refuse(self.metadata, self.model, version, reason, self.by)
+        what = f"{self.model}@{version} failed for {refusal.tries} of {TRIES} updaters"
+        if refusal.tries >= TRIES:
+            log.error("%s and is kept out: %s", what, reason)
+            return
+        seconds = pause_s(refusal.times, self._pause_s)
+        pause(self.metadata, self.model, version, self.by, seconds)
+        self._turns[version] = time.monotonic() + OTHERS_FIRST * seconds
+        log.error("%s, next try in %.0f s: %s", what, seconds, reason)
 
 
 def verify_again(collector: Collector, model: str, version: str) -> bool:

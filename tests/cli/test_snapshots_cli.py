@@ -99,11 +99,13 @@ def test_a_refused_version_is_shown_and_readmitted_once_it_is_intact(run, option
     with contextlib.closing(opened(run, options)) as metadata:
         updater = Updater(Collector(SnapshotStore(run), metadata), MODEL, "replica 1")
         updater.step()
-        assert "failed 1 of 3 tries" in rayfm("list", run, *options).output
-        for _ in range(TRIES):
-            updater.step()
+        assert "failed for 1 of 3 updaters" in rayfm("list", run, *options).output
+        for number in range(2, TRIES + 1):
+            (pause,) = metadata.leases("snapshots/pauses/")
+            metadata.release(pause)  # as when it has ended
+            Updater(updater.collector, MODEL, f"replica {number}").step()
         assert rayfm("list", run, *options).output.splitlines()[-1].endswith("refused")
-        assert "last by replica 1: " in rayfm("show", run, MODEL, *options).stderr
+        assert "last by replica 3: " in rayfm("show", run, MODEL, *options).stderr
         assert "bytes differ" in rayfm("verify", run, *options, fails=True)
         assert rayfm("verify", run, MODEL, VERSIONS[1], *options).output == "1 version is intact\n"
         corrupt(run, VERSIONS[2])  # back again

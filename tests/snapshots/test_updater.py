@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 
 from rayfm.config import SnapshotError
 from rayfm.snapshots import Collector, Conflict, Pointer, SnapshotStore, Updater, open_metadata, refusals
-from rayfm.snapshots.current import TRIES, Current, read_current
+from rayfm.snapshots.current import TRIES, Current, pause_s, read_current, refuse
 from rayfm.snapshots.manifest import MANIFEST
 from rayfm.snapshots.publish import publish
 from rayfm.snapshots.updater import verify_again
@@ -73,27 +74,51 @@ def test_the_newest_version_becomes_current_and_older_ones_never_do(tmp_path, co
     assert (found.version, found.by, found.pinned) == ("v4", "task 2", False)
 
 
-def test_a_corrupt_version_is_refused_kept_out_and_reported(tmp_path, collector, updater, caplog, monkeypatch):
-    publish_version(tmp_path, "v1")
-    updater.step()
-    publish_version(tmp_path, "v2")
-    path = corrupt(tmp_path, "v2")
-    verified = []
+def end_pauses(collector: Collector, *updaters: Updater) -> None:
+    """As when the time has passed until a version that failed is tried again, also by these."""
+    for lease in collector.metadata.leases("snapshots/pauses/"):
+        collector.metadata.release(lease)
+    for updater in updaters:
+        updater._turns = dict.fromkeys(updater._turns, 0.0)
+
+
+def fail_for_all(collector: Collector) -> None:
+    """As many updaters look as it takes to leave what fails."""
+    for number in range(TRIES):
+        Updater(collector, "fm", f"task {number + 1}").step()
+        end_pauses(collector)
+
+
+def watch_verify(monkeypatch) -> list[str]:
+    """The versions whose files are read from now on."""
+    verified: list[str] = []
     verify = SnapshotStore.verify
     monkeypatch.setattr(SnapshotStore, "verify", lambda self, m, v: (verified.append(v), verify(self, m, v))[1])
-    updaters = [updater, Updater(collector, "fm", "task 2")]
+    return verified
+
+
+def test_a_corrupt_version_is_refused_kept_out_and_reported(tmp_path, collector, caplog, monkeypatch):
+    updaters = [Updater(collector, "fm", f"task {number + 1}") for number in range(TRIES)]
+    publish_version(tmp_path, "v1")
+    updaters[0].step()
+    publish_version(tmp_path, "v2")
+    path = corrupt(tmp_path, "v2")
+    verified = watch_verify(monkeypatch)
     for attempt in range(2 * TRIES):
         with caplog.at_level(logging.ERROR):
-            assert not updaters[attempt % 2].step()
+            assert not updaters[attempt % TRIES].step()
+            assert not updaters[(attempt + 1) % TRIES].step(), "it is left alone for a while"
+        assert len(verified) == min(attempt + 1, TRIES)
         assert current(collector) == "v1"
+        end_pauses(collector, *updaters)
     assert verified == ["v2"] * TRIES, "it must not be tried for ever"
     assert caplog.text.count("bytes differ") == TRIES
     (refusal,) = refusals(collector.metadata, "fm").values()
-    assert (refusal.tries, refusal.by) == (TRIES, "task 1")
+    assert (refusal.tries, refusal.times, refusal.by) == (TRIES, TRIES, f"task {TRIES}")
     assert path.name in refusal.reason
 
     publish_version(tmp_path, "v3")
-    assert updater.step()
+    assert updaters[0].step()
     assert current(collector) == "v3"
     assert set(refusals(collector.metadata, "fm")) == {"v2"}
     with pytest.raises(SnapshotError, match="bytes differ"):
@@ -104,13 +129,76 @@ def test_a_corrupt_version_is_refused_kept_out_and_reported(tmp_path, collector,
     assert not verify_again(collector, "fm", "v2")
 
 
+def test_one_updater_on_a_bad_machine_keeps_a_version_from_nobody(tmp_path, collector):
+    class BadMount(SnapshotStore):
+        def verify(self, model, version):
+            raise SnapshotError("a file cannot be read (Input/output error)")
+
+    bad = Updater(Collector(BadMount(tmp_path), collector.metadata), "fm", "bad")
+    publish_version(tmp_path, "v1")
+    for times in range(1, 2 * TRIES):
+        assert not bad.step()
+        (refusal,) = refusals(collector.metadata, "fm").values()
+        assert (refusal.tries, refusal.times) == (1, times)
+        end_pauses(collector, bad)
+    good = Updater(collector, "fm", "good")
+    assert good.step()
+    assert current(collector) == "v1"
+    assert refusals(collector.metadata, "fm") == {}
+
+
+def test_the_stores_clock_ends_a_pause_and_others_come_first(tmp_path, collector, monkeypatch):
+    publish_version(tmp_path, "v1")
+    path = corrupt(tmp_path, "v1")
+    first, other = (Updater(collector, "fm", by, pause_s=0.5) for by in ("first", "other"))
+    monkeypatch.setattr("rayfm.snapshots.updater.OTHERS_FIRST", 1000.0)
+    assert not first.step()
+    mend(path)
+    verified = watch_verify(monkeypatch)
+    assert not other.step()
+    assert verified == []
+    time.sleep(0.7)
+    assert not first.step()
+    assert verified == []
+    assert other.step()
+    assert current(collector) == "v1"
+
+
+def test_what_was_readmitted_is_tried_at_once(tmp_path, collector, updater):
+    publish_version(tmp_path, "v1")
+    path = corrupt(tmp_path, "v1")
+    assert not updater.step()
+    mend(path)
+    assert not updater.step()
+    assert verify_again(collector, "fm", "v1")
+    assert updater.step()
+
+
+def test_pauses_grow():
+    assert [pause_s(times) for times in (1, 2, 3, 4, 5, 10**6)] == [30.0, 120.0, 480.0, 1920.0, 3600.0, 3600.0]
+
+
 def test_a_mended_version_is_taken_before_it_is_given_up(tmp_path, collector, updater):
     publish_version(tmp_path, "v1")
     path = corrupt(tmp_path, "v1")
     assert not updater.step()
     mend(path)
+    end_pauses(collector, updater)
     assert updater.step()
     assert current(collector) == "v1"
+    assert refusals(collector.metadata, "fm") == {}
+
+
+def test_a_version_that_is_deleted_while_it_is_read_is_not_refused(tmp_path, collector, updater, monkeypatch):
+    publish_version(tmp_path, "v1")
+    verify = SnapshotStore.verify
+
+    def delete_first(self, model, version):
+        shutil.rmtree(self.folder(model, version))
+        return verify(self, model, version)
+
+    monkeypatch.setattr(SnapshotStore, "verify", delete_first)
+    assert not updater.step()
     assert refusals(collector.metadata, "fm") == {}
 
 
@@ -124,7 +212,7 @@ def test_of_several_newer_versions_the_newest_intact_one_is_taken(tmp_path, coll
     assert set(refusals(collector.metadata, "fm")) == {"v3", "v4"}
 
 
-def test_a_version_that_the_code_cannot_use_is_refused(tmp_path, collector):
+def test_a_version_that_this_code_cannot_use_is_left_to_others(tmp_path, collector, caplog, monkeypatch):
     publish_version(tmp_path, "v1")
     publish_version(tmp_path, "v2")
 
@@ -132,9 +220,19 @@ def test_a_version_that_the_code_cannot_use_is_refused(tmp_path, collector):
         if manifest.version == "v2":
             raise ValueError("a model of the future")
 
-    assert Updater(collector, "fm", "task", check).step()
-    assert current(collector) == "v1"
-    assert refusals(collector.metadata, "fm")["v2"].reason == "a model of the future"
+    old = Updater(collector, "fm", "an old build", check)
+    verified = watch_verify(monkeypatch)
+    with caplog.at_level(logging.ERROR):
+        assert old.step()
+        assert current(collector) == "v1"
+        for number in range(2 * TRIES):
+            assert not old.step()
+            assert not Updater(collector, "fm", f"old build {number}", check).step()
+    assert verified == ["v1"]
+    assert refusals(collector.metadata, "fm") == {}
+    assert caplog.text.count("a model of the future") == 2 * TRIES + 1, "each says it once"
+    assert Updater(collector, "fm", "a new build").step()
+    assert current(collector) == "v2"
 
 
 def test_a_rollback_bars_what_it_left_and_newer_versions_are_taken(tmp_path, collector, updater, pointer):
@@ -220,12 +318,27 @@ def test_versions_that_were_given_up_do_not_push_out_intact_ones(tmp_path, colle
         publish_version(tmp_path, version)
     for version in ("v2", "v4"):
         corrupt(tmp_path, version)
-    for _ in range(TRIES):
-        updater.step()
+    fail_for_all(collector)
     assert current(collector) == "v3"
     assert collector.expire("fm") == ["v1", "v2"]
     corrupt(tmp_path, "v3")
     assert collector.expire("fm") == []
+
+
+def test_a_version_that_was_refused_goes_no_earlier_than_an_intact_one(tmp_path, metadata):
+    """Who can say that it is broken? A person may still mend it, or find it intact."""
+    collector = Collector(SnapshotStore(tmp_path), metadata, keep=2)
+    for number in range(1, 7):
+        publish_version(tmp_path, f"v{number}")
+    for version in ("v3", "v5", "v6"):
+        refuse(metadata, "fm", version, "said to differ", "a bad machine", for_good=True)
+    # Newer and intact than v3: v4 alone. v1 has v2 and v4.
+    assert collector.expire("fm") == ["v1"]
+    publish_version(tmp_path, "v7")
+    assert collector.expire("fm") == ["v2", "v3"]
+    for version in ("v4", "v7"):
+        refuse(metadata, "fm", version, "said to differ", "a bad machine", for_good=True)
+    assert collector.expire("fm") == [], "with nothing intact, everything stays"
 
 
 def test_current_never_moves_to_what_is_being_deleted(tmp_path, collector, updater, pointer):
