@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rayfm.client.wire import ARROW, Scored
-from rayfm.config import Config, RayfmError, SnapshotError
+from rayfm.config import Config, SnapshotError
 from rayfm.data.encode import EncodedChunk, Encoder
 from rayfm.export.served import ServedModel, export_model
 from rayfm.export.student import ExportedStudent
@@ -25,7 +26,7 @@ from rayfm.models.base import MODELS, ModelConfig
 from rayfm.schema import Schema
 from rayfm.serving.http.codecs import Payload, check_finite, encode, reply_headers
 from rayfm.serving.http.config import LimitsConfig
-from rayfm.serving.http.problems import Problem
+from rayfm.serving.http.problems import Problem, problem_of, unavailable
 from rayfm.serving.requests import conform_rows
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata import open_metadata
@@ -33,6 +34,8 @@ from rayfm.snapshots.metadata import open_metadata
 if TYPE_CHECKING:
     from rayfm.serving.versions import Follower
     from rayfm.snapshots.loader import Loader
+
+log = logging.getLogger(__name__)
 
 KEPT_VERSIONS = 2
 """Versions a replica keeps: the one that answers, and the one before for the job that still names it."""
@@ -212,12 +215,21 @@ class TeacherService:
         ``?version=`` asks for a version, ``?representation=true`` for the representation too. For this machine alone:
         there is neither a token nor a queue before it (`rayfm.serving.endpoints` has both).
         """
+        asked = request.query_params
+        version = asked.get("version")
         try:
+            if version is None and self._follower is None and self._current is None:
+                raise Problem(400, "no version is current; name one with ?version=")
             table = Payload(await request.body(), ARROW, LimitsConfig()).rows()
-            asked = request.query_params
-            scored = await self.score_request(table, asked.get("version"), asked.get("representation") == "true")
-        except (RayfmError, ValueError, Problem) as error:
-            return (error if isinstance(error, Problem) else Problem(400, str(error))).response()
+            scored = await self.score_request(table, version, asked.get("representation") == "true")
+        except SnapshotError as error:
+            # What is wrong with a version names files of this machine: that is for the log alone.
+            log.error("%s cannot answer: %s", self.config.model, error)
+            if version is not None:
+                return Problem(404, f"there is no version {version[:80]!r} that can be used").response()
+            return unavailable("there is no version that can be served yet", 5).response()
+        except Exception as error:
+            return problem_of(error).response()
         return Response(encode(scored, ARROW), media_type=ARROW, headers=reply_headers(scored.version))
 
     async def score_request(self, table: pa.Table, version: str | None = None, representation: bool = False) -> Scored:

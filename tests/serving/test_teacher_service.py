@@ -197,8 +197,6 @@ def test_http_says_what_is_wrong_with_a_request(service, rows):
         ("no Arrow", b"not arrow at all", "v1", ""),
         ("cut off", good[: len(good) // 2], "v1", ""),
         ("cut off in the schema", good[:100], "v1", ""),
-        ("no such version", good, "v9", "not published"),
-        ("a version that leaves its folder", good, "../../etc", "use letters"),
         ("no version", good, None, "name one"),
         ("a missing column", stream(rows.drop_columns(["history"])), "v1", "'history'"),
         ("an unknown traffic", stream(bad_traffic), "v1", "'moon'"),
@@ -223,6 +221,38 @@ def test_http_takes_the_types_that_clients_have(service, rows):
     response = call(service, stream(plain), "v1")
     assert response.status_code == 200, response.body
     assert pa.ipc.open_stream(response.body).read_all().equals(score(service, rows, "v1")[1])
+
+
+def test_a_version_that_cannot_answer_names_no_file(tmp_path, rows, caplog):
+    publish_model(tmp_path, MODEL, "v1", 7)
+    service = TeacherService({"root": str(tmp_path), "model": MODEL})
+    (file,) = (tmp_path / "snapshots" / MODEL / "v1").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    for version in ("v9", "../../etc", "v1"):
+        response = call(service, stream(rows), version)
+        assert response.status_code == 404, version
+        assert "that can be used" in response.body.decode()
+        assert str(tmp_path) not in response.body.decode()
+    assert str(file) in caplog.text, "the log says what is wrong"
+
+
+def test_no_version_yet_is_no_fault_of_the_callers(tmp_path, rows):
+    service = TeacherService({"root": str(tmp_path), "model": MODEL, "poll_s": 60})
+    response = call(service, stream(rows), None)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert str(tmp_path) not in response.body.decode()
+    service._follower.close()
+
+
+def test_a_fault_of_the_services_keeps_its_words(service, rows, monkeypatch, caplog):
+    def broken(*args):
+        raise ValueError("/srv/secret: bad")
+
+    monkeypatch.setattr("rayfm.serving.teacher.score_table", broken)
+    response = call(service, stream(rows), "v1")
+    assert response.status_code == 500
+    assert "/srv/secret" not in response.body.decode()
+    assert "/srv/secret: bad" in caplog.text
 
 
 def test_a_bad_request_does_not_harm_the_next(service, rows):
