@@ -116,6 +116,21 @@ def test_bad_rows_are_set_apart_with_their_reasons(versions):
     assert post.rejects["note"].to_pylist() == ["n1", "n2", "n3", "n4", "n5", "n6"]
 
 
+def test_a_post_of_many_periods_or_of_the_future_is_refused(versions, monkeypatch):
+    """Each period is a file in the commit, with two syncs: ten thousand of them would outlast their consumer."""
+    monkeypatch.setattr("rayfm.serving.nearline.rows.time.time", lambda: (DAY2_US + 5 * DAY_US) / 1e6)
+    version = versions.get(V1)
+    columns = rows(9).to_pydict()
+    columns["time"] = [DAY2_US + day * DAY_US for day in (0, 1, 2, 3, 4, 5, 6, 7, 2_900_000)]
+    post = check_post(pa.table(columns), TEACHER, version, periods=7, ahead_s=86_400)
+    assert post.good["example_id"].to_pylist() == list(range(7))
+    assert set(post.rejects["reason"].to_pylist()) == {"time is more than 86400 s in the future"}
+    with pytest.raises(DataError, match="the post's rows are of 7 days; send those of at most 6 at a time"):
+        check_post(pa.table(columns), TEACHER, version, periods=6, ahead_s=86_400)
+    with pytest.raises(DataError, match="the post's rows are of 7 hours; send those of at most 6 at a time"):
+        check_post(pa.table(columns), TEACHER, version, "hour", periods=6, ahead_s=86_400)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
-from nearline_cases import MODEL, TEACHER, V1, Oracle, as_arrow, as_json, config, publish_teacher, rows
+from nearline_cases import DAY2_US, MODEL, TEACHER, V1, Oracle, as_arrow, as_json, config, publish_teacher, rows
 from starlette.testclient import TestClient
 
 from rayfm.client.wire import PROBLEM
@@ -253,6 +253,42 @@ def test_rows_that_fill_the_disk_are_told_to_come_back(root, bell):
     ]
     assert answers == [202, 429]
     assert intake.spool.queued()[1] > 1000
+
+
+def test_refused_rows_fill_the_disk_as_well(root, bell):
+    intake = make_intake(root, bell, queued_mb=0.001)
+    client = TestClient(build_app({TEACHER: intake}))
+    table = rows(50).to_pylist()
+    for row in table[1:]:
+        row["traffic"] = "billboard"
+
+    def post():
+        body = as_json(pa.Table.from_pylist(table))
+        return client.post(f"/v1/teachers/{TEACHER}/label", content=body, headers=JSON)
+
+    accepted = post()
+    assert (accepted.status_code, accepted.json()["rejected"]) == (202, 49)
+    (ticket, _) = next(intake.spool.waiting())
+    intake.spool.finish(ticket, V1, 1, 0, 1, 60.0)
+    for again in (intake, make_intake(root, bell, queued_mb=0.001)):  # as it remembers, and as it finds
+        client = TestClient(build_app({TEACHER: again}))
+        again._counted = -10.0
+        refused = post()
+        assert refused.status_code == 429
+        assert "of refused ones are kept; post again later" in refused.json()["detail"]
+    assert intake.spool.queued() == (0, 0)
+
+
+def test_a_post_of_too_many_periods_is_told_so(root, bell):
+    client = TestClient(build_app({TEACHER: make_intake(root, bell, periods=2)}))
+    table = pa.concat_tables([rows(1, first_id=day, day=day) for day in range(3)])
+    answer = client.post(f"/v1/teachers/{TEACHER}/label", content=as_arrow(table), headers=ARROW)
+    assert answer.status_code == 400
+    assert answer.json()["detail"] == "the post's rows are of 3 days; send those of at most 2 at a time"
+    assert list(Spool(root, TEACHER).waiting()) == []
+    future = table.set_column(1, "time", pa.array([DAY2_US, DAY2_US + 1, round((time.time() + 90_000) * 1e6)]))
+    answer = client.post(f"/v1/teachers/{TEACHER}/label", content=as_arrow(future), headers=ARROW)
+    assert answer.json()["rejects"] == [{"row": 2, "reason": "time is more than 86400 s in the future"}]
 
 
 def test_the_backlog_tells_whether_anybody_labels(client, root):

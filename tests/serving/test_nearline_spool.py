@@ -221,6 +221,20 @@ def test_a_full_disk_accepts_nothing(spool, monkeypatch):
     assert not list((spool.folder / "queued").iterdir())
 
 
+def test_refused_rows_are_kept_for_a_while_and_counted_when_they_go(spool, caplog):
+    bad = rows(2).append_column("reason", pa.array(["a", "b"]))
+    for _ in range(3):
+        spool.accept(numbered(1), V1, bad)
+    assert spool.rejected_bytes() == sum(path.stat().st_size for path in spool.rejects.iterdir()) > 0
+    assert spool.sweep(time.time() + 10_000) == 0, "they are kept where nobody says for how long"
+    assert spool.sweep(time.time() + 99, 100.0) == 0
+    assert spool.rejected_rows() == 6
+    assert spool.sweep(time.time() + 101, 100.0) == 3
+    assert (spool.rejected_rows(), spool.rejected_bytes()) == (0, 0)
+    assert "teacher fm: 6 refused rows of 3 posts are dropped, 100 s after they were refused" in caplog.text
+    assert spool.queued()[0] == 3, "the good rows of these posts wait on"
+
+
 def test_what_a_killed_writer_leaves_is_swept_once_it_is_old(spool):
     left = spool.folder / "queued" / f"{TEMPORARY}abc"
     left.write_bytes(b"half")

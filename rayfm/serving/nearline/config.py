@@ -25,11 +25,17 @@ class PostLimitsConfig(Config):
     rows: int = Field(10_000, ge=1)
     """Rows of a post; more is answered with 413."""
 
+    periods: int = Field(32, ge=1)
+    """Periods that a post's rows may be of, each a file of its own in the label table; more is answered with 400."""
+
+    ahead_s: float = Field(86_400.0, ge=0)
+    """Seconds that a row's ``time`` may lie in the future; a row beyond is refused."""
+
     queued: int = Field(10_000, ge=1)
     """Tickets that may wait; beyond them a post is answered with 429."""
 
     queued_mb: float = Field(4096.0, gt=0)
-    """Megabytes of rows that may wait on disk; beyond them as well."""
+    """Megabytes of rows on disk, those that wait and those that were refused; beyond them as well."""
 
     retry_after_s: int = Field(5, ge=1)
     """What a 429 tells the client to wait."""
@@ -116,6 +122,9 @@ class NearLineOptions(Config):
 
     ticket_ttl_s: float = Field(86_400.0, gt=0)
     """How long a committed ticket can be asked for; its labels stay."""
+
+    rejects_ttl_s: float = Field(604_800.0, gt=0)
+    """How long refused rows are kept with their reasons."""
 
     limits: PostLimitsConfig = PostLimitsConfig()
     consumer: ConsumerConfig = ConsumerConfig()

@@ -186,7 +186,7 @@ def sweep(
     from rayfm.serving.nearline.tickets import ticket_time
 
     now = time.time() if now_s is None else now_s
-    spool.sweep(now)
+    spool.sweep(now, config.rejects_ttl_s)
     oldest = doorbell.oldest()
     quiet_since = (now if oldest is None else min(now, oldest)) - config.consumer.sweep_s
     rung = 0

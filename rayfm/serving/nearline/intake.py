@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 _COUNTED_S = 1.0
 """How old the knowledge of the number of waiting tickets may be."""
+
+_REJECTS_COUNTED_S = 60.0
+"""And of the bytes of refused rows: many small files that lie for long, and take long to count."""
 
 
 class Full(CapacityError):
@@ -94,29 +98,40 @@ class Intake:
         self._ringer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayfm-nearline-ring")
         self._lock = threading.Lock()
         self._counted, self._waiting, self._bytes = 0.0, 0, 0
+        self._rejects_counted, self._rejects_bytes = -math.inf, 0
         self._quiet_until = 0.0
 
     def check_room(self) -> None:
-        """Raises Full where too many tickets wait already."""
+        """Raises Full where too many tickets wait already, or too many bytes lie on disk.
+
+        It may look at each file, and waits for others that do: not for an event loop.
+        """
         with self._lock:
             now = time.monotonic()
             if now - self._counted > _COUNTED_S:
                 (self._waiting, self._bytes), self._counted = self.spool.queued(), now
+            if now - self._rejects_counted > _REJECTS_COUNTED_S:
+                self._rejects_bytes, self._rejects_counted = self.spool.rejected_bytes(), now
             limits = self.config.limits
-            if self._waiting >= limits.queued or self._bytes >= limits.queued_mb * 2**20:
-                raise Full(
-                    f"{self._waiting} posts wait for teacher {self.config.teacher!r}; post again later",
-                    limits.retry_after_s,
+            if self._waiting >= limits.queued:
+                why = f"{self._waiting} posts wait for teacher {self.config.teacher!r}"
+            elif self._bytes + self._rejects_bytes >= limits.queued_mb * 2**20:
+                why = (
+                    f"{self._bytes / 2**20:.0f} MB of rows wait for teacher {self.config.teacher!r}, and "
+                    f"{self._rejects_bytes / 2**20:.0f} MB of refused ones are kept"
                 )
+            else:
+                return
+            raise Full(f"{why}; post again later", limits.retry_after_s)
 
     def accept(self, table: pa.Table) -> Accepted:
         """Check a post and accept its good rows: once this returns, they will be labelled or be a dead letter.
 
         Raises:
-            Full: too many tickets wait.
+            Full: too many tickets wait, or too many bytes lie on disk.
             TooLarge: too many rows.
             BadRows: no row is good.
-            DataError: a column is missing or of a type that never fits.
+            DataError: a column is missing or of a type that never fits, or the rows are of too many periods.
             SnapshotError: nothing can label.
             CapacityError: the disk is full.
         """
@@ -127,7 +142,8 @@ class Intake:
         if not table.num_rows:
             raise DataError("the post has no rows")
         version = self._versions.current()
-        post = check_post(table, self.config.teacher, version, self.config.period)
+        limits = self.config.limits
+        post = check_post(table, self.config.teacher, version, self.config.period, limits.periods, limits.ahead_s)
         rejects = first_reasons(post.rejects)
         if not post.good.num_rows:
             raise BadRows(f"no row can be labelled; row {rejects[0]['row']}: {rejects[0]['reason']}", rejects)
@@ -136,6 +152,7 @@ class Intake:
         ticket = self.spool.accept(post.good, version.version, post.rejects)
         with self._lock:
             self._waiting, self._bytes = self._waiting + 1, self._bytes + post.good.nbytes
+            self._rejects_bytes += post.rejects.nbytes
         self._ringer.submit(self._ring, ticket)
         return Accepted(
             ticket=ticket,

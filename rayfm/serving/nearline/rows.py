@@ -139,7 +139,14 @@ class Post:
     """The others, as posted, with `ROW` and ``reason``."""
 
 
-def check_post(table: pa.Table, teacher: str, version: TeacherVersion, period: PeriodLength = "day") -> Post:
+def check_post(
+    table: pa.Table,
+    teacher: str,
+    version: TeacherVersion,
+    period: PeriodLength = "day",
+    periods: int | None = None,
+    ahead_s: float | None = None,
+) -> Post:
     """Split a post.
 
     Args:
@@ -147,9 +154,12 @@ def check_post(table: pa.Table, teacher: str, version: TeacherVersion, period: P
         teacher: its name, for messages.
         version: what is to label the rows.
         period: how long the teacher's periods are, for the leak rule.
+        periods: how many of them the good rows may be of; None: any number.
+        ahead_s: seconds that a good row's time may lie in the future; None: any.
 
     Raises:
-        DataError: a column is missing, stands twice, or has a type that can never fit: then no row can be good.
+        DataError: a column is missing, stands twice, or has a type that can never fit: then no row can be good. Or the
+            good rows are of too many periods.
     """
     for name in table.column_names:
         if table.column_names.count(name) > 1:
@@ -169,7 +179,11 @@ def check_post(table: pa.Table, teacher: str, version: TeacherVersion, period: P
     again = np.ones(len(ids), np.bool_)
     again[first] = False
     reasons |= dict.fromkeys(rows[again].tolist(), "example_id twice in the post")
-    names = period_of(good[TIME].to_numpy(), period)
+    times = good[TIME].to_numpy()
+    if ahead_s is not None:
+        late = times > (time.time() + ahead_s) * 1e6
+        reasons |= dict.fromkeys(rows[late].tolist(), f"time is more than {ahead_s:g} s in the future")
+    names = period_of(times, period)
     for name in np.unique(names):
         try:
             check_leak(teacher, version.version, version.trained_through, str(name))
@@ -177,6 +191,9 @@ def check_post(table: pa.Table, teacher: str, version: TeacherVersion, period: P
             reasons = dict.fromkeys(rows[names == name].tolist(), str(error)) | reasons
     keep = np.ones(table.num_rows, np.bool_)
     keep[list(reasons)] = False
+    found = len(np.unique(names[keep[rows]]))
+    if periods is not None and found > periods:
+        raise DataError(f"the post's rows are of {found} {period}s; send those of at most {periods} at a time")
     numbered = table.append_column(ROW, number)
     refused = numbered.filter(pa.array(~keep))
     why = pa.array([reasons[row] for row in refused[ROW].to_pylist()], pa.string())

@@ -7,7 +7,7 @@ Below ``<root>/nearline/spool/<teacher>/``; where a ticket's rows lie is its sta
 ``journal/``     ``<ticket>.jsonl``: what happened to a queued ticket: deliveries, scorings, failures, ends
 ``dead/``        ``<ticket>.arrow`` as it was queued, and ``<ticket>.json`` with the reason and the journal
 ``done/``        ``<ticket>.json``: the committed ticket's status, kept until it expires
-``rejects/``     ``<ticket>-<rows>.arrow``: rows of a post that were refused, with a ``reason`` column
+``rejects/``     ``<ticket>-<rows>.arrow``: rows of a post that were refused, with a ``reason`` column, for a while
 ===============  =======================================================================================
 
 The queue in Redis only carries tickets: a message that is lost costs time, never rows.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import time
 import uuid
@@ -31,6 +32,8 @@ from rayfm.config import DataError
 from rayfm.config.durable import TEMPORARY, sync_dir, write_durably
 from rayfm.labels.columns import check_part
 from rayfm.serving.nearline.tickets import Backlog, TicketStatus, check_ticket, new_ticket, ticket_time
+
+log = logging.getLogger(__name__)
 
 ROW = "nearline/row"
 """Column of the spooled rows: each one's position in the post."""
@@ -161,12 +164,7 @@ class Spool:
 
     def queued(self) -> tuple[int, int]:
         """Tickets that wait, and the bytes of their rows on disk."""
-        tickets = size = 0
-        with os.scandir(self._queued) as found:
-            for entry in found:
-                with contextlib.suppress(FileNotFoundError):
-                    tickets, size = tickets + entry.name.endswith(".arrow"), size + entry.stat().st_size
-        return tickets, size
+        return _counted(self._queued)
 
     def backlog(self, now_s: float | None = None) -> Backlog:
         """What waits, what died, and what was rejected."""
@@ -339,10 +337,15 @@ class Spool:
         """Rows in ``rejects/``."""
         return sum(int(name.rpartition("-")[2]) for name in self._tickets(self.rejects, ".arrow"))
 
-    def sweep(self, now_s: float | None = None) -> int:
-        """Drop tickets that expired, and what killed writers left; how many files."""
+    def rejected_bytes(self) -> int:
+        """Bytes of the files in ``rejects/``."""
+        return _counted(self.rejects)[1]
+
+    def sweep(self, now_s: float | None = None, rejects_ttl_s: float | None = None) -> int:
+        """Drop tickets that expired, refused rows that were kept for ``rejects_ttl_s`` (None: all are kept), and what
+        killed writers left; how many files. The log says how many refused rows went."""
         now = time.time() if now_s is None else now_s
-        dropped = 0
+        dropped = 0 if rejects_ttl_s is None else self._drop_rejects(now - rejects_ttl_s, rejects_ttl_s)
         for path in self._done.glob("*.json"):
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < now:
@@ -355,6 +358,21 @@ class Spool:
                 if path.stat().st_mtime < now - _STALE_S:
                     path.unlink()
                     dropped += 1
+        return dropped
+
+    def _drop_rejects(self, before: float, ttl_s: float) -> int:
+        dropped = rows = 0
+        for name in self._tickets(self.rejects, ".arrow"):
+            if ticket_time(name) >= before:
+                break  # their names begin with their time
+            with contextlib.suppress(FileNotFoundError):  # another consumer was faster, and counts them
+                (self.rejects / f"{name}.arrow").unlink()
+                dropped, rows = dropped + 1, rows + int(name.rpartition("-")[2])
+        if dropped:
+            log.warning(
+                "teacher %s: %d refused rows of %d posts are dropped, %g s after they were refused",
+                self.teacher, rows, dropped, ttl_s,
+            )  # fmt: skip
         return dropped
 
     def _path(self, ticket: str) -> Path:
@@ -431,6 +449,16 @@ class Spool:
                 writer.write_table(table)
 
         write_durably(path, write)
+
+
+def _counted(folder: Path) -> tuple[int, int]:
+    """Whole files in a folder, and the bytes of all."""
+    files = size = 0
+    with os.scandir(folder) as found:
+        for entry in found:
+            with contextlib.suppress(FileNotFoundError):
+                files, size = files + entry.name.endswith(".arrow"), size + entry.stat().st_size
+    return files, size
 
 
 def _no_letter(ticket: str, teacher: str) -> DataError:
