@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from rayfm.config import ConfigError, DataError, RayfmError, read_yaml, write_yaml
+from rayfm.config import ConfigError, DataError, RayfmError, SnapshotError, read_yaml, write_yaml
 from rayfm.data.prepare import missing_periods
 from rayfm.data.prepare import prepare as prepare_source
 from rayfm.data.sources.base import SOURCES
@@ -49,7 +49,7 @@ from rayfm.serving.teacher import TeacherServiceConfig
 from rayfm.snapshots.collect import Collector
 from rayfm.snapshots.keeper import LeaseKeeper
 from rayfm.snapshots.load import SnapshotStore
-from rayfm.snapshots.metadata import SQLiteMetadataStore, StoreUnavailable, open_metadata
+from rayfm.snapshots.metadata import SQLiteMetadataStore, open_metadata
 from rayfm.training.loop import PeriodRecord
 from rayfm.training.spec import TrainerSpec
 from rayfm.training.trainer import fit, progress_file
@@ -392,7 +392,7 @@ class Pipeline:
                 try:
                     self.collector.expire(model)
                     self.collector.sweep(model)
-                except (StoreUnavailable, OSError) as error:
+                except (SnapshotError, OSError) as error:
                     log.warning("old versions of %s stay for now: %s", model, error)
 
     def serve_and_label(

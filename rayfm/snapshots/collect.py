@@ -8,19 +8,25 @@ so either the reader sees the tombstone and lets go, or the sweep sees the lease
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from rayfm.config import SnapshotError
 from rayfm.snapshots.current import read_current, readmit, refusals
+from rayfm.snapshots.keeper import LeaseKeeper
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import MANIFEST, check_name
-from rayfm.snapshots.metadata.base import Conflict, Lease, LeaseLost, MetadataStore
+from rayfm.snapshots.metadata.base import Conflict, Lease, LeaseHeld, LeaseLost, MetadataStore
 
 JOB, REPLICA = "job", "replica"
 """Who holds a version: a job that names it, or a replica that has it in memory."""
+
+SWEEP_S = 60.0
+"""How long a sweep may be silent before another one may delete."""
 
 
 class Collector:
@@ -124,43 +130,78 @@ class Collector:
         return expired
 
     def sweep(self, model: str) -> list[str]:
-        """Delete the files of tombstoned versions that nobody holds. Only the publisher calls this.
+        """Delete the files of tombstoned versions that nobody holds. Only the publisher and operators call this.
 
         A version that was pinned or held just before its tombstone came stays until it is not. A sweep that is killed
-        is taken up by the next one.
+        is taken up by the next one, once its lease has ended. Where another sweep of the model is under way, nothing is
+        deleted.
 
         Returns:
             The versions deleted.
+
+        Raises:
+            LeaseLost: this process was paused for so long that another may sweep by now; it left off.
         """
-        deleted = []
-        for version in self.tombstones(model):
-            if self.holders(model, version):
-                continue
-            # A pin that was set, or `current` moved, under a lease that was older than the tombstone.
-            if version in self.pins(model) or version == self._current(model):
+        deleted: list[str] = []
+        if not self.tombstones(model):
+            return deleted
+        with self._sweeping(model) as still_alone:
+            if still_alone is None:
+                return deleted
+            for version in self.tombstones(model):
+                if self.holders(model, version):
+                    continue
+                # A pin that was set, or `current` moved, under a lease that was older than the tombstone.
+                if version in self.pins(model) or version == self._current(model):
+                    self._drop(_key("tombstones", model, version))
+                    continue
+                # Its tombstone still stands then: nobody has deleted it, and published it again under its name.
+                still_alone()
+                folder = self.store.folder(model, version)
+                (folder / MANIFEST).unlink(missing_ok=True)  # first: half-deleted must look unpublished
+                _remove(folder)
+                readmit(self.metadata, model, version)  # what was said of it goes with it
                 self._drop(_key("tombstones", model, version))
-                continue
-            folder = self.store.folder(model, version)
-            (folder / MANIFEST).unlink(missing_ok=True)  # first: half-deleted must look unpublished
-            if folder.exists():
-                shutil.rmtree(folder)
-            readmit(self.metadata, model, version)  # what was said of it goes with it
-            self._drop(_key("tombstones", model, version))
-            deleted.append(version)
+                deleted.append(version)
         return deleted
 
     def sweep_unfinished(self, model: str, older_than_s: float = 86_400.0) -> list[str]:
-        """Delete folders of publications that were never committed and were last written ``older_than_s`` ago."""
+        """Delete folders of publications that were never committed and were last written ``older_than_s`` ago.
+
+        Where a sweep of the model is under way, nothing is deleted; raises as `sweep`.
+        """
         folder = self.store.root / "snapshots" / check_name("model", model)
         limit = time.time() - older_than_s
-        deleted = []
-        for path in sorted(folder.iterdir()) if folder.exists() else []:
-            if not path.is_dir() or (path / MANIFEST).exists():
-                continue
-            if max(item.stat().st_mtime for item in (path, *path.iterdir())) < limit:
-                shutil.rmtree(path)
-                deleted.append(path.name)
+        deleted: list[str] = []
+        with self._sweeping(model) as still_alone:
+            if still_alone is None:
+                return deleted
+            for path in sorted(folder.iterdir()) if folder.exists() else []:
+                if not path.is_dir() or (path / MANIFEST).exists():
+                    continue
+                try:
+                    written = max(item.stat().st_mtime for item in (path, *path.iterdir()))
+                except FileNotFoundError:
+                    continue  # a file was renamed or deleted just now: somebody is at work in it
+                if written < limit:
+                    still_alone()
+                    _remove(path)
+                    deleted.append(path.name)
         return deleted
+
+    @contextlib.contextmanager
+    def _sweeping(self, model: str) -> Iterator[Callable[[], object] | None]:
+        """The right to delete a model's files, None where another has it. What it yields raises LeaseLost once it is
+        lost.
+        """
+        try:
+            lease = self.metadata.acquire(f"snapshots/sweeping/{check_name('model', model)}", "a sweep", SWEEP_S)
+        except LeaseHeld:
+            yield None
+            return
+        with contextlib.closing(LeaseKeeper(self.metadata, SWEEP_S)) as keeper:
+            keeper.keep(lease)
+            yield lambda: self.metadata.extend(lease, SWEEP_S)
 
     def forget(self, model: str) -> None:
         """Forget which versions were to be deleted or were refused: all go, and others may come to bear their names."""
@@ -188,6 +229,13 @@ class Collector:
                 self.metadata.delete(key, entry.revision)
             except Conflict:
                 continue
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder in which others may delete too."""
+    while folder.exists():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
 
 
 def _key(what: str, model: str, version: str) -> str:

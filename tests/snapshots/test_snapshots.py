@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch
 from rayfm.config import SnapshotError
 from rayfm.snapshots import (
     Collector,
+    LeaseLost,
     RankFile,
     SnapshotStore,
     SnapshotWriter,
@@ -343,6 +347,91 @@ def test_unfinished_publications_are_swept_once_old(collector):
     assert collector.sweep_unfinished("fm") == []
     assert collector.sweep_unfinished("fm", older_than_s=-1.0) == ["2022-06-01-aa"]
     assert len(collector.store.versions("fm")) == 5
+
+
+def pause_before_deleting(collector, monkeypatch) -> tuple[threading.Thread, threading.Event, list[object]]:
+    """A sweep that has made its checks and deletes nothing before it is let go; and what it says in the end."""
+    slow = Collector(collector.store, collector.metadata, keep=2)
+    checked, go_on, said = threading.Event(), threading.Event(), []
+    current = slow._current
+
+    def pause(model):
+        found = current(model)
+        checked.set()
+        assert go_on.wait(60)
+        return found
+
+    monkeypatch.setattr(slow, "_current", pause)
+
+    def sweep() -> None:
+        try:
+            said.append(slow.sweep("fm"))
+        except SnapshotError as error:
+            said.append(error)
+
+    thread = threading.Thread(target=sweep)
+    thread.start()
+    assert checked.wait(60)
+    return thread, go_on, said
+
+
+def test_of_two_sweeps_at_once_one_deletes(collector, monkeypatch):
+    expired = collector.expire("fm")
+    thread, go_on, said = pause_before_deleting(collector, monkeypatch)
+    assert collector.sweep("fm") == []
+    assert collector.sweep_unfinished("fm", older_than_s=-1.0) == []
+    assert len(collector.store.versions("fm")) == 5
+    go_on.set()
+    thread.join(60)
+    assert said == [expired]
+    assert len(collector.store.versions("fm")) == 2
+    assert collector.metadata.leases("snapshots/sweeping/") == []
+
+
+def test_a_sweep_that_was_paused_too_long_deletes_nothing_that_is_published_anew(collector, monkeypatch):
+    expired = collector.expire("fm")
+    thread, go_on, said = pause_before_deleting(collector, monkeypatch)
+    (lease,) = collector.metadata.leases("snapshots/sweeping/")
+    collector.metadata.release(lease)  # as when it has ended
+    assert collector.sweep("fm") == expired
+    publish(collector.store.root, "fm", expired[0], {"w": torch.ones(1)})
+    go_on.set()
+    thread.join(60)
+    assert isinstance(said[0], LeaseLost)
+    collector.store.verify("fm", expired[0])
+
+
+def test_files_that_go_while_they_are_deleted_are_no_failure(collector, monkeypatch):
+    """By an older build, which takes no lease."""
+    expired = collector.expire("fm")
+    unlink = os.unlink
+
+    def both(path, *arguments, **options):
+        unlink(path, *arguments, **options)
+        if str(path).endswith(".safetensors"):
+            raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "unlink", both)
+    assert collector.sweep("fm") == expired
+    assert not any(collector.store.folder("fm", version).exists() for version in expired)
+
+
+def test_a_publication_whose_files_move_is_not_unfinished(collector, monkeypatch):
+    writer = SnapshotWriter(collector.store.root, "fm", "2022-06-01-aa")
+    file = writer.write(0, [TensorSlice.whole("w", torch.ones(1))])
+    (writer.folder / ".rank-00001.tmp").write_bytes(b"half")
+    listed = Path.iterdir
+
+    def rename_meanwhile(path):
+        found = list(listed(path))
+        if path == writer.folder:
+            (path / ".rank-00001.tmp").rename(path / "rank-00001.safetensors")
+        return iter(found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", rename_meanwhile)
+        assert collector.sweep_unfinished("fm", older_than_s=-1.0) == []
+    assert writer.commit([file]).version == "2022-06-01-aa"
 
 
 def test_keeping_nothing_is_refused(collector):
