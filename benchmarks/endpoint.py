@@ -24,7 +24,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from benchmarks.data import DENSE, SHORT, SPARSE, model_config, schema
+from benchmarks.data import DENSE, SHORT, SPARSE
 from benchmarks.labelling import VERSION, publish
 from benchmarks.measure import Outcome, in_turns, rates, report, timed
 from rayfm.client.wire import ARROW, write_stream, write_streams

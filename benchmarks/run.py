@@ -67,6 +67,7 @@ LINES = [
     # Alone they are measured where a step is shortest.
     *(Line(f"objectives/{kind}", "objectives", ("dlrm", "bf16", kind), 1.10, at_most=True) for kind in OBJECTIVES),
     *(Line(f"labelling/{m}", "labelling", (m,), 0.85) for m in ("dlrm", "dcnv2")),
+    *(Line(f"endpoint/{m}", "endpoint", (m,), 0.8) for m in ("dlrm", "dcnv2")),
     *(Line(f"serving/{m}/{form}", "serving", (m, form), 1.0) for m in ("dlrm", "dcnv2") for form in FORMS),
 ]
 
