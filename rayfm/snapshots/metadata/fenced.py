@@ -1,4 +1,4 @@
-"""Writes under a lease that a paused holder cannot make late."""
+"""Writes under a lease that a paused holder cannot make late: for services of one's own, which keep values here too."""
 
 from __future__ import annotations
 
