@@ -15,7 +15,7 @@ import pytest
 from nearline_cases import DAY2_US, MODEL, TEACHER, V1, Oracle, as_arrow, as_json, config, publish_teacher, rows
 from starlette.testclient import TestClient
 
-from rayfm.client.wire import PROBLEM
+from rayfm.client.wire import PROBLEM, TIMEOUT_HEADER
 from rayfm.config import CapacityError, ConfigError, validate
 from rayfm.serving.application import application_name
 from rayfm.serving.endpoints import EndpointsPlan, EndpointsReplica, ServedTeacher, TeacherPlan
@@ -289,6 +289,36 @@ def test_a_post_of_too_many_periods_is_told_so(root, bell):
     future = table.set_column(1, "time", pa.array([DAY2_US, DAY2_US + 1, round((time.time() + 90_000) * 1e6)]))
     answer = client.post(f"/v1/teachers/{TEACHER}/label", content=as_arrow(future), headers=ARROW)
     assert answer.json()["rejects"] == [{"row": 2, "reason": "time is more than 86400 s in the future"}]
+
+
+@pytest.mark.parametrize(("told", "limits"), [(b"50", {}), (None, {"timeout_s": 0.05})], ids=["asked", "limit"])
+def test_a_body_that_does_not_come_is_not_waited_for_and_files_are_counted_elsewhere(root, bell, told, limits):
+    intake = make_intake(root, bell, **limits)
+    real, counted_in, sent = intake.spool.queued, [], []
+
+    def queued_files():
+        counted_in.append(threading.current_thread())
+        return real()
+
+    async def never():
+        await asyncio.sleep(3600)
+
+    async def send(message):
+        sent.append(message)
+
+    intake.spool.queued = queued_files
+    headers = [(b"content-type", ARROW["content-type"].encode())]
+    if told is not None:
+        headers.append((TIMEOUT_HEADER.encode(), told))
+    scope = {
+        "type": "http", "method": "POST", "path": f"/v1/teachers/{TEACHER}/label", "raw_path": b"", "query_string": b"",
+        "headers": headers, "root_path": "", "scheme": "http", "http_version": "1.1", "client": None, "server": None,
+    }  # fmt: skip
+    asyncio.run(asyncio.wait_for(build_app({TEACHER: intake})(scope, never, send), 10))
+    assert sent[0]["status"] == 504
+    assert len(counted_in) == 1
+    assert threading.current_thread() not in counted_in, "the event loop waits for no folder"
+    assert list(intake.spool.waiting()) == []
 
 
 def test_the_backlog_tells_whether_anybody_labels(client, root):

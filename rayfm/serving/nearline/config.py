@@ -31,6 +31,9 @@ class PostLimitsConfig(Config):
     ahead_s: float = Field(86_400.0, ge=0)
     """Seconds that a row's ``time`` may lie in the future; a row beyond is refused."""
 
+    timeout_s: float = Field(30.0, gt=0)
+    """Seconds in which a post's body must have come; then the answer is 504. A request may ask for less."""
+
     queued: int = Field(10_000, ge=1)
     """Tickets that may wait; beyond them a post is answered with 429."""
 

@@ -6,6 +6,7 @@ Bodies are decoded and checked as the scoring endpoints' are, so the router can 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Mapping
@@ -17,12 +18,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from rayfm.client.wire import ARROW, JSON, PROBLEM, VERSION_HEADER
+from rayfm.client.wire import ARROW, JSON, PROBLEM, TIMEOUT_HEADER, VERSION_HEADER
 from rayfm.config import CapacityError, DataError, RayfmError, SnapshotError
 from rayfm.serving.http.app import Guard
 from rayfm.serving.http.codecs import Payload, media_of
 from rayfm.serving.http.config import LimitsConfig
 from rayfm.serving.http.problems import Problem, unavailable
+from rayfm.serving.http.queue import Deadline, too_late
 from rayfm.serving.http.token import TokenCheck
 from rayfm.serving.nearline.intake import Accepted, BadRows, Full, Intake, TooLarge
 from rayfm.serving.nearline.tickets import Backlog, TicketStatus
@@ -37,6 +39,7 @@ _REFUSALS = {
     415: "neither Arrow IPC nor JSON",
     429: "too many posts wait; see Retry-After",
     503: "nothing can be stored, or no version is published that could label",
+    504: "the body has not come in time",
 }
 
 
@@ -98,11 +101,12 @@ def build_router(intakes: Mapping[str, Intake]) -> APIRouter:
         if intake is None:
             raise _no_teacher(intakes)
         try:
-            intake.check_room()
-            media = media_of(request.headers.get("content-type"), request.headers.get("content-encoding"))
             limits = intake.config.limits
+            deadline = Deadline.of_header(request.headers.get(TIMEOUT_HEADER), limits.timeout_s)
+            await run_in_threadpool(intake.check_room)  # before the body: it need not be sent in vain
+            media = media_of(request.headers.get("content-type"), request.headers.get("content-encoding"))
             payload = Payload(
-                await _body(request, int(limits.body_mb * 2**20)),
+                await _body(request, int(limits.body_mb * 2**20), deadline),
                 media,
                 LimitsConfig(max_body_mb=limits.body_mb, max_rows=limits.rows),
             )
@@ -165,15 +169,23 @@ def build_app(intakes: Mapping[str, Intake], token: TokenCheck | None = None) ->
     return app
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    """The body, read only as far as it may go. Raises Problem (413) beyond ``limit`` bytes."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise Problem(413, f"the body is larger than {limit} bytes; send fewer rows at a time")
-        parts.append(part)
-    return b"".join(parts)
+async def _body(request: Request, limit: int, deadline: Deadline) -> bytes:
+    """The body, read only as far as it may go. Raises Problem beyond ``limit`` bytes (413), or where it has not come
+    before the deadline (504)."""
+
+    async def read() -> bytes:
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise Problem(413, f"the body is larger than {limit} bytes; send fewer rows at a time")
+            parts.append(part)
+        return b"".join(parts)
+
+    try:
+        return await asyncio.wait_for(read(), deadline.left)
+    except TimeoutError:
+        raise too_late() from None
 
 
 def _no_teacher(intakes: Mapping[str, Intake]) -> Problem:
