@@ -18,7 +18,7 @@ from rayfm.serving.application import application_name, start_teacher
 from rayfm.serving.endpoints import GRPC_SERVICER, EndpointsPlan, TeacherPlan, endpoints_name, start_endpoints
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.nearline.application import consumer_name, intake_name, start_intake
-from rayfm.serving.proxies import Door, all_or_nothing, differences, open_door
+from rayfm.serving.proxies import Door, all_or_nothing, differences
 from rayfm.serving.teacher import TeacherServiceConfig
 
 LOCAL = Door("127.0.0.1", 8000)
@@ -204,7 +204,7 @@ def test_what_cannot_be_removed_hides_no_reason(monkeypatch, caplog):
 
 
 @pytest.mark.ray
-def test_the_real_serve_says_where_it_listens(ray_session, tmp_path):
+def test_the_real_serve_says_where_it_listens_and_what_runs(ray_session, tmp_path):
     from ray import serve
 
     serve.start(proxy_location="Disabled")
@@ -213,4 +213,23 @@ def test_the_real_serve_says_where_it_listens(ray_session, tmp_path):
     with pytest.raises(CapacityError, match=r"listens nowhere; .* it takes no HTTP requests at all"):
         start_teacher("door", "fm", config, http_port=port)
     assert application_name("door", "fm") not in serve.status().applications
-    open_door(None)
+
+    @serve.deployment(ray_actor_options={"num_cpus": 0.1}, logging_config=proxies.QUIET)
+    class Service:
+        pass
+
+    def start() -> None:
+        with all_or_nothing(["door-before", "door-after"]):
+            serve.run(Service.bind(), name="door-after", route_prefix=None)
+            assert proxies.applications() >= {"door-before", "door-after"}
+            raise ValueError("the reason")
+
+    serve.run(Service.bind(), name="door-before", route_prefix=None)
+    try:
+        with pytest.raises(ValueError, match="the reason"):
+            start()
+        assert "door-after" not in serve.status().applications
+        with pytest.raises(CapacityError, match="runs already on this cluster, as the Serve application door-before"):
+            proxies.check_free("door-before", "it")
+    finally:
+        serve.delete("door-before")
