@@ -210,6 +210,21 @@ def test_damaged_rows_are_a_dead_letter_and_not_forgotten(spool, tmp_path):
     assert "damaged" in spool.dead_letters()[0].reason
 
 
+def test_the_way_to_accepted_rows_is_durable(tmp_path, monkeypatch):
+    fsync, synced = os.fsync, set()
+
+    def recorded(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    spool = Spool(tmp_path / "run", TEACHER)
+    spool.accept(numbered(2), V1)
+    way = ["run", "run/nearline", "run/nearline/spool", f"run/nearline/spool/{TEACHER}"]
+    way.append(f"{way[-1]}/queued")
+    assert synced >= {str(tmp_path.resolve() / folder) for folder in way}
+
+
 def test_a_full_disk_accepts_nothing(spool, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")

@@ -113,6 +113,9 @@ class Spool:
         )
         for folder in (self._queued, self._journal, self._dead, self._done, self.rejects):
             folder.mkdir(parents=True, exist_ok=True)
+        # What is synced in a folder is lost with a folder that is not; another process may have made it just now.
+        for folder in (self.folder, *self.folder.parents[:3]):
+            sync_dir(folder)
         self._named: dict[str, str] = {}
 
     def accept(self, table: pa.Table, version: str, rejects: pa.Table | None = None) -> str:
