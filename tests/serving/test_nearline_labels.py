@@ -333,6 +333,17 @@ def test_a_ticket_that_another_committed_ends_once_that_is_durable(bench, monkey
     assert syncs.before(ticket) >= {commit_file(0), commit_file(1)}
 
 
+def test_a_checkpoint_is_durable_with_its_commit(bench, monkeypatch):
+    """Delta Lake's code writes one every hundred commits, and opens no table whose newest is half there."""
+    ticket, other = bench.accept(rows(2)), bench.accept(rows(2, 10))
+    unsynced(Path(bench.config.root), bench.labeller._scored([bench.spool.read(other)], bench.versions.get(V1)))
+    bench.labels.open().create_checkpoint()
+    syncs = Syncs(bench, monkeypatch)
+    bench.label(ticket)
+    checkpoint = commit_file(1).replace(".json", ".checkpoint.parquet")
+    assert syncs.before(ticket) >= {checkpoint, "_delta_log/_last_checkpoint"}
+
+
 def test_old_commits_are_not_synced_again(bench, monkeypatch):
     for number in range(3):
         bench.label(bench.accept(rows(2, 10 * number)))
