@@ -38,6 +38,8 @@ class Plan:
     swaps: int = 4
     publish_s: float = 12.0
     """Seconds between new versions while faults come."""
+    job_pause_s: float = 8.0
+    """Seconds between label jobs, each of which is a process that starts anew."""
     impressions: int = 4000
     considerations: int = 2000
 
@@ -114,7 +116,7 @@ def _faults(world: World, plan: Plan, say: Any) -> tuple[dict[str, Any], Poster,
         world.publish(corrupt=published[0] % 3 == 2)
         world.sweep()
 
-    background = [Background(new_version, plan.publish_s), Background(world.next_job, 0.5)]
+    background = [Background(new_version, plan.publish_s), Background(lambda: world.next_job(plan.job_pause_s), 0.5)]
     for thread in (poster, *clients, *background):
         thread.start()
     recovered: dict[str, list[float]] = collections.defaultdict(list)

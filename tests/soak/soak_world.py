@@ -132,6 +132,7 @@ class World:
         """Label jobs that ended: (version, period, what they said)."""
         self.labels: Child | None = None
         self._job: tuple[str, str] | None = None
+        self._ended = 0.0
         self.restarts = 0
         """Of label jobs, after they were killed."""
 
@@ -172,12 +173,15 @@ class World:
 
     # -- label jobs ---------------------------------------------------------------------------------------------
 
-    def next_job(self) -> None:
-        """Start the next label job where none is under way; one that was killed goes on with its version."""
+    def next_job(self, pause_s: float = 0.0) -> None:
+        """Start the next label job where none is under way, ``pause_s`` after the one before it ended; one that was
+        killed goes on at once, with its version."""
         if self.labels is not None and self.labels.running():
             return
         self._note_end()
         if self._job is None:
+            if time.monotonic() < self._ended + pause_s:
+                return
             self._job = (self.newest, LABELLED[len(self.jobs) % len(LABELLED)])
         address = ray.get_runtime_context().gcs_address
         arguments = ["labels", address, f"{self.run}-serve", str(self.folder), self.metadata, *self._job]
@@ -201,7 +205,7 @@ class World:
         code = self.labels.process.returncode
         if code == 0:
             self.jobs.append((*self._job, self.labels.said()))
-            self._job = None
+            self._job, self._ended = None, time.monotonic()
         elif code > 0:
             raise AssertionError(f"the label job of {self._job} failed:\n{self.labels.said()}")
         else:
