@@ -78,8 +78,8 @@ def check_near_line(world: World, poster: Poster) -> dict[str, int]:
     }
 
 
-def check_periods(world: World) -> dict[str, int]:
-    """Periods that label jobs labelled.
+def check_periods(world: World) -> dict[str, Any]:
+    """Periods that label jobs labelled; those that were killed or failed went on where they were.
 
     Raises:
         AssertionError: a row has no label, or two, or a wrong one.
@@ -105,7 +105,8 @@ def check_periods(world: World) -> dict[str, int]:
                 for column, task in enumerate(TASKS):
                     np.testing.assert_allclose(values[:, column], expected[task], err_msg=task, **TOLERANCE)
                 rows += len(table)
-    return {"jobs": len(world.jobs), "restarts": world.restarts, "rows": rows}
+    failed = dict(collections.Counter(world.failures))
+    return {"jobs": len(world.jobs), "killed": world.restarts, "failed": failed, "rows": rows}
 
 
 def check_snapshots(world: World, replies: set[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,14 +56,15 @@ def main() -> int:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=TESTS, capture_output=True, text=True, check=False
     ).stdout.strip()
-    with tempfile.TemporaryDirectory(prefix="rayfm-soak-") as folder:
-        try:
-            result = soak(Path(folder), plan, lambda *words: print(*words, flush=True))
-        except AssertionError as error:
-            print(f"a promise was broken (seed {plan.seed}): {error}", file=sys.stderr)
-            return 1
-        finally:
-            ray.shutdown()
+    folder = Path(tempfile.mkdtemp(prefix="rayfm-soak-"))
+    try:
+        result = soak(folder, plan, lambda *words: print(*words, flush=True))
+    except AssertionError as error:
+        print(f"a promise was broken (seed {plan.seed}; {folder} is left to look at): {error}", file=sys.stderr)
+        return 1
+    finally:
+        ray.shutdown()
+    shutil.rmtree(folder)
     result = {
         "date": today,
         "commit": commit,

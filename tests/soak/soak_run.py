@@ -117,23 +117,34 @@ def _faults(world: World, plan: Plan, say: Any) -> tuple[dict[str, Any], Poster,
         world.sweep()
 
     background = [Background(new_version, plan.publish_s), Background(lambda: world.next_job(plan.job_pause_s), 0.5)]
-    for thread in (poster, *clients, *background):
+    threads = (poster, *clients, *background)
+    for thread in threads:
         thread.start()
     recovered: dict[str, list[float]] = collections.defaultdict(list)
-    waiting: list[threading.Thread] = []
+    waiting: dict[str, threading.Thread] = {}
+    """Kind -> who waits for its last fault's end: a kind has one fault at a time."""
     broken: list[BaseException] = []
     try:
         for fault in schedule(plan.seed, plan.faults, plan.mean_s, plan.kinds):
             time.sleep(fault.wait_s)
-            took = until(lambda kind=fault.kind: world.running(kind) or broken, f"{fault.kind} to kill", RECOVERY_S)
-            if broken:
+            took = until(
+                lambda kind=fault.kind: (
+                    (not (kind in waiting and waiting[kind].is_alive()) and world.running(kind))
+                    or broken
+                    or any(thread.crash for thread in threads)
+                ),
+                f"{fault.kind} to kill",
+                RECOVERY_S,
+            )
+            if broken or any(thread.crash for thread in threads):
                 break
             say(f"fault {fault.number + 1}/{plan.faults}: {fault.kind} (waited {took:.1f} s for it to be there)")
-            waiting.append(_inject(world, fault, recovered, broken))
-        for thread in waiting:
+            waiting[fault.kind] = _inject(world, fault, recovered, broken)
+        for thread in waiting.values():
             thread.join(RECOVERY_S)
-        if broken:
-            raise broken[0]
+        for error in (*broken, *(thread.crash for thread in threads)):
+            if error is not None:
+                raise error
         kinds = ("teacher", "endpoints", "consumer", "updater", "zookeeper", "redis")
         until(lambda: all(world.running(kind) for kind in kinds), "the recovery of all", RECOVERY_S)
     finally:
