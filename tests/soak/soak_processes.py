@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -48,24 +47,19 @@ def labels(address: str, run: str, folder: str, metadata: str, version: str, per
     from rayfm.serving.labelling import label_period
     from rayfm.snapshots import SnapshotStore, open_metadata
     from rayfm.snapshots.collect import Collector
+    from rayfm.snapshots.keeper import LeaseKeeper
 
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     root = Path(folder)
     snapshots, store = SnapshotStore(root / "run"), open_metadata(metadata)
     lease = Collector(snapshots, store).hold(TEACHER_MODEL, version, f"label {period}", 60.0)
-    done = threading.Event()
-
-    def keep() -> None:
-        while not done.wait(15.0):
-            store.extend(lease, 60.0)
-
-    threading.Thread(target=keep, daemon=True).start()
+    keeper = LeaseKeeper(store, 60.0)  # goes on after a metadata store that was away
+    keeper.keep(lease)
     ticket = label_period(
         LabelStore(root / "labels"), snapshots, ExampleStore(root / "data"), TEACHER, TEACHER_MODEL, version, period,
         TASKS, teacher_handle(run, TEACHER), rows_per_request=512,
     )  # fmt: skip
-    done.set()
-    store.release(lease)
+    keeper.close()
     print(ticket, flush=True)
 
 

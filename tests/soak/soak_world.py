@@ -216,6 +216,8 @@ class World:
             said = self.labels.said().strip()
             self.failures.append(said.splitlines()[-1][:200] if said else f"exit code {code}")
             self._failed_in_a_row += 1
+            if "is not published" in said or "is being deleted" in said:
+                self._job = None  # away for longer than its lease: another version labels
             assert self._failed_in_a_row < JOB_TRIES, f"the label job of {self._job} fails each time:\n{said}"
         else:
             self.restarts += 1
