@@ -213,7 +213,7 @@ class World:
             self._job, self._ended = None, time.monotonic()
             self._failed_in_a_row = 0
         elif code > 0:  # it gave up, as on a metadata store that is away for long: it is started again, as by hand
-            said = self.labels.said().strip()
+            said = self.labels.said().strip().replace(str(self.folder), "FOLDER")
             self.failures.append(said.splitlines()[-1][:200] if said else f"exit code {code}")
             self._failed_in_a_row += 1
             if "is not published" in said or "is being deleted" in said:
