@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import functools
 import json
@@ -30,7 +31,7 @@ DAY2_US = 1_704_153_600_000_000
 UNREAD = ("click", "watch", "user_id", "request_id", "logged/ranking/click")
 
 
-class Load(threading.Thread):
+class Load(threading.Thread, abc.ABC):
     """A client in a thread of its own, which stops when told."""
 
     def __init__(self, name: str) -> None:
@@ -47,8 +48,9 @@ class Load(threading.Thread):
         except BaseException as error:
             self.crash = error
 
+    @abc.abstractmethod
     def once(self) -> None:
-        raise NotImplementedError
+        """One request."""
 
     def end(self) -> None:
         """Stop; what went wrong in the thread is raised here."""
