@@ -39,7 +39,8 @@ demo: install
 	@$(BIN)/rayfm run examples/demo.yaml --overwrite
 
 test: install
-	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
+	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --durations 25 --ignore tests/soak
+	@$(BIN)/python -m pytest -q tests/soak  # kills and measures recovery: the machine is its own meanwhile
 
 soak: install
 	@$(BIN)/python tests/soak/soak_main.py $(SOAK) --result docs/soak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,15 +19,24 @@ from rayfm.pipeline.hints import hints
 console = Console(soft_wrap=False)
 
 
+LOG_INTERVAL_S = 10.0
+"""Seconds between lines of progress where the output is no terminal (a job's log)."""
+
+
 class Display:
-    """Progress bars of a run: preparation, each trainer, each teacher's labels.
+    """Progress of a run: preparation, each trainer, each teacher's labels. Bars on a terminal, lines in a log.
 
     Args:
         config: the run's config.
+        interval_s: seconds between two lines where the output is no terminal.
     """
 
-    def __init__(self, config: PipelineConfig) -> None:
+    def __init__(self, config: PipelineConfig, interval_s: float = LOG_INTERVAL_S) -> None:
         self.config = config
+        self.interval_s = interval_s
+        self._start = self._logged = time.monotonic()
+        self._done: dict[str, str] = {}
+        self._line = ""
         self._bars: dict[str, TaskID] = {}
         self._progress = Progress(
             TextColumn("{task.fields[label]:<20}"),
@@ -42,13 +52,17 @@ class Display:
         console.print(f"run [bold]{self.config.name}[/bold] -> {self.config.run_dir}  (starting Ray takes a while)")
         for hint in hints(self.config):
             console.print(f"[yellow]hint:[/yellow] {hint}", highlight=False)
-        self._progress.start()
+        if console.is_terminal:
+            self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if console.is_terminal:
+            self._progress.stop()
+        else:
+            self._log()
 
     def update(self, watch: Any) -> None:
         """Show how far the parts are."""
@@ -61,8 +75,18 @@ class Display:
             labelled, wanted = watch.labelled.get(spec.name, (0, 0))
             if wanted:
                 self._show(f"label {spec.name}", f"labels of {spec.name}", labelled, wanted, "")
+        if not console.is_terminal and time.monotonic() - self._logged >= self.interval_s:
+            self._log()
+
+    def _log(self) -> None:
+        """A line about all parts, unless nothing has changed since the last one."""
+        line = ", ".join(self._done.values())
+        if line != self._line:
+            console.print(f"{time.monotonic() - self._start:.0f} s: {line}", highlight=False)
+        self._line, self._logged = line, time.monotonic()
 
     def _show(self, key: str, label: str, done: float, total: int, text: str) -> None:
+        self._done[key] = f"{key} {min(done, total):.3g}/{total}"
         if key not in self._bars:
             self._bars[key] = self._progress.add_task(text, total=total, label=label[:20])
         bar = self._bars[key]

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rayfm.data.kinds import CONSIDERATION as CONSIDERATION
+from rayfm.data.kinds import IMPRESSION as IMPRESSION
+
 if TYPE_CHECKING:
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
-IMPRESSION, CONSIDERATION = 0, 1
-"""Values of ``Batch.kind``."""
 
 
 @dataclasses.dataclass

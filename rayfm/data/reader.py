@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rayfm.config import DataError, RayfmError
+from rayfm.config import DataError
 from rayfm.data.batch import Batch
 from rayfm.data.encode import EncodedChunk, Encoder
+from rayfm.data.span import ReadSpan, rank_lanes
 from rayfm.data.steps import (
     KIND,
     REPRESENTATION,
@@ -31,7 +32,7 @@ from rayfm.data.steps import (
     count_steps,
     read_steps,
 )
-from rayfm.data.task_errors import error_block, raise_error
+from rayfm.data.task_errors import raise_error
 
 if TYPE_CHECKING:
     import ray.data
@@ -58,11 +59,6 @@ class Reader(Protocol):
 def chunk_steps(plan: ReadPlan) -> int:
     """Steps in a chunk."""
     return max(1, CHUNK_ROWS // plan.batch_size)
-
-
-def rank_lanes(lanes: int, rank: int, world: int) -> list[int]:
-    """Lanes of a rank: ``rank, rank + world, ...``."""
-    return list(range(rank, lanes, world))
 
 
 def cut(encoder: Encoder, chunk: EncodedChunk, step: npt.NDArray[np.int64], first: int, last: int) -> Iterator[Batch]:
@@ -153,39 +149,8 @@ class RayDataReader:
     def _run(self, rank: int, world: int) -> Iterator[tuple[tuple[str, int, int], pa.Table]]:
         import ray.data
 
-        plan = self.plan
         spans = self._spans
-        lanes = [plan.store.manifest(period).lanes for period, _, _ in spans]
-
-        class ReadSpan:
-            """Keeps lane boundaries between the spans of one task."""
-
-            def __init__(self) -> None:
-                self.cache = LaneCache(plan)
-
-            def __call__(self, block: pa.Table) -> pa.Table:
-                try:
-                    return self.read(block)
-                except RayfmError as error:
-                    return error_block(error)
-
-            def read(self, block: pa.Table) -> pa.Table:
-                position = block["span"][0].as_py()
-                period, first, last = spans[position]
-                rows = read_steps(plan, self.cache, period, rank_lanes(lanes[position], rank, world), first, last)
-                table = (
-                    rows.table.append_column(STEP, pa.array(rows.step))
-                    .append_column(KIND, pa.array(rows.kind))
-                    .append_column(SUPERVISION, _matrix(rows.supervision))
-                    .append_column(SUPERVISION_MASK, _matrix(rows.supervision_mask.astype(np.uint8)))
-                )
-                if rows.representation is not None and rows.representation_mask is not None:
-                    table = table.append_column(REPRESENTATION, _matrix(rows.representation)).append_column(
-                        REPRESENTATION_MASK, _matrix(rows.representation_mask.astype(np.uint8))
-                    )
-                return table
-
-        read = ReadSpan()
+        read = ReadSpan(self.plan, spans, [self._cache.manifest(period).lanes for period, _, _ in spans], rank, world)
         with quiet_ray_data(ordered=True):
             # from_items, not from_arrow: that one runs a task of a whole CPU, which a small machine may not have free.
             dataset: ray.data.Dataset = ray.data.from_items(
@@ -223,14 +188,6 @@ class RayDataReader:
         if period == self.periods[-1]:
             for _ in self._blocks:  # lets the pipeline finish instead of being torn down at exit
                 raise DataError(f"Ray Data gave a block beyond the last step of period {period}")
-
-
-def _matrix(values: npt.NDArray[Any]) -> pa.Array:
-    """``[N, S]`` as an Arrow column of fixed-size lists (an all-null column where S is 0)."""
-    rows, width = values.shape
-    if width == 0:
-        return pa.nulls(rows)
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
 
 
 def _column(table: pa.Table, name: str) -> npt.NDArray[Any]:

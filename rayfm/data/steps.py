@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayfm.config import ConfigError, DataError
-from rayfm.data.batch import CONSIDERATION, IMPRESSION
+from rayfm.data.kinds import CONSIDERATION, IMPRESSION
 from rayfm.data.store import ExampleStore, PeriodManifest
 from rayfm.schema import EXAMPLE_ID, LOGGED_PREFIX, TIME, Kind, unit_interval
 

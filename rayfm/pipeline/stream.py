@@ -51,8 +51,9 @@ from rayfm.snapshots.keeper import LeaseKeeper
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata import SQLiteMetadataStore, open_metadata
 from rayfm.training.loop import PeriodRecord
+from rayfm.training.progress import progress_file
 from rayfm.training.spec import TrainerSpec
-from rayfm.training.trainer import fit, progress_file
+from rayfm.training.trainer import fit
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from rayfm.config import CapacityError, Config, ConfigError
 from rayfm.serving.application import application_name, gang_config, start_teacher, teacher_handle
 from rayfm.serving.backend import ScoringBackend, Teacher
 from rayfm.serving.follow import item_follower, student_follower
-from rayfm.serving.gang.gang import GangBroken
+from rayfm.serving.gang.errors import GangBroken
 from rayfm.serving.http.app import create_app
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.problems import Problem, unavailable

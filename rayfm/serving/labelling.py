@@ -7,21 +7,18 @@ visible together.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from rayfm.config import CapacityError, DataError, LabelError, RayfmError, errors
+from rayfm.config import LabelError
 from rayfm.data.reader import quiet_ray_data
 from rayfm.data.steps import Lookup, RepresentationLookup
 from rayfm.data.store import ExampleStore
 from rayfm.labels.columns import check_leak
 from rayfm.labels.history import HistoryLookup, HistorySpec
 from rayfm.labels.kept_pins import KeptPins
-from rayfm.labels.lane_file import LaneRecord, write_lane_file
+from rayfm.labels.lane_file import LaneRecord
 from rayfm.labels.lookup import LabelLookup
 from rayfm.labels.pins import Pin
 from rayfm.labels.storage import Storage
@@ -29,18 +26,12 @@ from rayfm.labels.store import LabelStore
 from rayfm.models.base import MODELS
 from rayfm.models.histories import HistoryFeature
 from rayfm.schema import EXAMPLE_ID, TRAFFIC, WEIGHTS_SUFFIX, Kind, Schema
-from rayfm.serving.gang.gang import GangBroken
+from rayfm.serving.lane_task import LaneTask, raise_refused
 from rayfm.serving.nearline.supervision import FilledLookup
 from rayfm.serving.teacher import TeacherHere
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata.base import MetadataStore
 from rayfm.training.spec import PinnedLabels
-
-IN_FLIGHT = 2
-"""Requests that a task keeps at the service, so that reading and scoring overlap."""
-
-ASK_AGAIN_S = (0.1, 1.0, 5.0, 15.0)
-"""Pauses before a request whose replica died is sent again."""
 
 
 def teacher_columns(schema: Schema, features: Sequence[str] | None) -> list[str]:
@@ -48,71 +39,6 @@ def teacher_columns(schema: Schema, features: Sequence[str] | None) -> list[str]
     wanted = [feature for feature in schema.features if features is None or feature.name in features]
     weights = [feature.name + WEIGHTS_SUFFIX for feature in wanted if feature.kind == "weighted"]
     return list(dict.fromkeys([EXAMPLE_ID, TRAFFIC, *(feature.name for feature in wanted), *weights]))
-
-
-def _requests(path: str, columns: list[str], rows: int) -> Iterator[pa.Table]:
-    try:
-        for batch in pq.ParquetFile(path, memory_map=True).iter_batches(rows, columns=columns):
-            yield pa.Table.from_batches([batch])
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path}: corrupt or missing Parquet file ({error}); prepare its period again") from None
-
-
-def score_lane(
-    handle: Any, path: str, columns: list[str], rows: int, version: str, representation: bool = False
-) -> pa.Table:
-    """Predictions for every row of a lane file: ``example_id``, a column per task, the ``representation`` if asked for.
-
-    Raises:
-        LabelError: the service answered with another version.
-        DataError: the file cannot be read.
-        CapacityError: the service's replicas died again and again.
-    """
-    parts: list[pa.Table] = []
-    waiting: list[tuple[pa.Table, Any]] = []
-
-    def collect() -> None:
-        request, response = waiting.pop(0)
-        answered, predictions = _result(response, lambda: ask(request))
-        if answered != version:
-            raise LabelError(f"{path}: asked {version}, the service answered with {answered}")
-        parts.append(predictions.add_column(0, EXAMPLE_ID, request[EXAMPLE_ID]))
-
-    def ask(request: pa.Table) -> Any:
-        return handle.score.remote(*((request, version, True) if representation else (request, version)))
-
-    for request in _requests(path, columns, rows):
-        waiting.append((request, ask(request)))
-        if len(waiting) >= IN_FLIGHT:
-            collect()
-    while waiting:
-        collect()
-    return pa.concat_tables(parts)
-
-
-def _result(response: Any, ask_again: Callable[[], Any]) -> tuple[str, pa.Table]:
-    """What the service answers. A replica that dies, or a gang that breaks, takes its requests with it; Ray Serve
-    leaves it to the caller to ask again, which scoring allows: it changes nothing.
-
-    Raises:
-        CapacityError: several replicas in a row died, or none came back.
-    """
-    from ray.exceptions import RayActorError
-    from ray.serve.exceptions import DeploymentUnavailableError
-
-    for pause_s in (*ASK_AGAIN_S, None):
-        try:
-            found: tuple[str, pa.Table] = response.result()
-            return found
-        except (RayActorError, DeploymentUnavailableError, GangBroken) as error:
-            if pause_s is None:
-                raise CapacityError(
-                    f"the teacher's service was asked {len(ASK_AGAIN_S) + 1} times, and its replica died each time "
-                    f"({str(error).splitlines()[0]}); look at its log, give it more memory, and label again"
-                ) from None
-        time.sleep(pause_s)
-        response = ask_again()
-    raise AssertionError("unreachable")
 
 
 def label_period(
@@ -164,41 +90,19 @@ def label_period(
     kinds: tuple[Kind, ...] = ("impression", "consideration") if considerations else ("impression",)
     lanes = [(kind, lane) for kind in kinds for lane in range(manifest.lanes) if manifest.lane_rows(kind, lane)]
     columns = teacher_columns(schema, config.features)
-    storage = labels.storage
-    predicted = [schema.task(task) for task in tasks]
-
-    def write(block: pa.Table) -> pa.Table:
-        try:
-            records = write_lanes(block)
-        except RayfmError as error:
-            # As a row, since Ray Data keeps neither type nor message of what a task raises. What a replica raised
-            # comes wrapped in Ray's own.
-            own = getattr(error, "cause", error)
-            return pa.table({"record": pa.nulls(1, pa.string()), "refused": [type(own).__name__], "why": [str(own)]})
-        none = pa.nulls(len(records), pa.string())
-        return pa.table({"record": pa.array(records, pa.string()), "refused": none, "why": none})
-
-    def write_lanes(block: pa.Table) -> list[str]:
-        kinds, numbers = (block[name].to_pylist()[0] for name in ("kinds", "lanes"))
-        return write_part(list(zip(kinds, numbers, strict=True)))
-
-    def write_part(part: list[tuple[Kind, int]]) -> list[str]:
-        records = []
-        for kind, lane in part:
-            path = str(store.lane_path(period, kind, lane))
-            record = write_lane_file(
-                storage,
-                teacher=teacher,
-                version=version,
-                trained_through=snapshot.trained_through,
-                period=period,
-                kind=kind,
-                lane=lane,
-                labels=score_lane(handle, path, columns, rows_per_request, version, store_representation),
-                tasks=predicted,
-            )
-            records.append(record.model_dump_json())
-        return records
+    task = LaneTask(
+        store=store,
+        storage=labels.storage,
+        handle=handle,
+        teacher=teacher,
+        version=version,
+        trained_through=snapshot.trained_through,
+        period=period,
+        columns=tuple(columns),
+        tasks=tuple(schema.task(task) for task in tasks),
+        rows_per_request=rows_per_request,
+        store_representation=store_representation,
+    )
 
     # What an earlier try of the job committed is not scored again.
     done = labels.labelled_lanes(teacher, version, period)
@@ -209,7 +113,7 @@ def label_period(
     work = [lanes[start : start + share] for start in range(0, len(lanes), share)]
     records: list[LaneRecord] = []
     if work and isinstance(handle, TeacherHere):
-        texts = [record for part in work for record in write_part(part)]
+        texts = [record for part in work for record in task.write(part)]
         records = [LaneRecord.model_validate_json(text) for text in texts]
     elif work:
         with quiet_ray_data():
@@ -217,11 +121,10 @@ def label_period(
             dataset = ray.data.from_items(
                 [{"kinds": [kind for kind, _ in part], "lanes": [lane for _, lane in part]} for part in work],
                 override_num_blocks=len(work),
-            ).map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task)
+            ).map_batches(task.__call__, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task)
             found = dataset.take_all()
         for row in found:
-            if row["refused"] is not None:
-                raise getattr(errors, row["refused"], RayfmError)(row["why"])
+            raise_refused(row)
         records = [LaneRecord.model_validate_json(row["record"]) for row in found]
     committed = labels.commit(records)
     rows = {kind: manifest.rows(kind) for kind in kinds if manifest.rows(kind)}

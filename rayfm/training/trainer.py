@@ -3,57 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from rayfm.config import RayfmError
-from rayfm.data.store import write_json_atomic
 from rayfm.training.loop import TrainingLoop
+from rayfm.training.progress import progress_file
 from rayfm.training.spec import Coordinator, LabelSource, TrainerSpec
-
-
-class ProgressFile:
-    """How far a trainer is, in a small file that whoever watches the run may read at any time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __call__(self, period: str, step: int, steps: int, phase: str) -> None:
-        write_json_atomic(self.path, {"period": period, "step": step, "steps": steps, "phase": phase})
-
-    def read(self) -> dict[str, Any] | None:
-        """The last report; None before the first."""
-        try:
-            value: dict[str, Any] = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            return None
-        return value
-
-
-def progress_file(spec: TrainerSpec) -> ProgressFile:
-    """Where a trainer reports its progress."""
-    return ProgressFile(spec.folder / "progress.json")
-
-
-def _work(arguments: dict[str, Any]) -> None:
-    """What each worker runs."""
-    spec: TrainerSpec = arguments["spec"]
-    coordinator: Coordinator = arguments["coordinator"]
-    if coordinator.stopped():
-        return  # the run failed for a reason that a restart of the workers does not mend
-    try:
-        TrainingLoop(spec, coordinator, arguments["label_source"], progress_file(spec)).run()
-    except RayfmError as error:
-        coordinator.failed(str(error))
-        if dist.get_world_size() > 1:
-            raise  # takes the other ranks out of the collective that they wait in
+from rayfm.training.worker import work
 
 
 def fit(spec: TrainerSpec, coordinator: Coordinator, label_source: LabelSource | None = None) -> None:
@@ -66,13 +27,14 @@ def fit(spec: TrainerSpec, coordinator: Coordinator, label_source: LabelSource |
         RayfmError: the workers failed more often than ``max_failures`` allows, with the last error's first line.
     """
     import ray.train
+    from ray import cloudpickle
     from ray.train.torch import TorchConfig, TorchTrainer
 
     training = spec.training
     gpu = training.gpus_per_worker > 0
     trainer = TorchTrainer(
-        _work,
-        train_loop_config={"spec": spec, "coordinator": coordinator, "label_source": label_source},
+        work,
+        train_loop_config={"parts": cloudpickle.dumps((spec, coordinator, label_source))},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.workers,

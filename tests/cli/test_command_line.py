@@ -280,3 +280,34 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path, rayfm, command):
     assert "nowhere" in result.err
     assert len(result.err.splitlines()) == 1
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_log_gets_lines_of_progress_in_place_of_bars(capsys, tmp_path):
+    first, second = (
+        SimpleNamespace(name="fm", role="teacher", periods=("1", "2")),
+        SimpleNamespace(name="students", role="students", periods=("2",), learners=()),
+    )
+    config = PipelineConfig.model_validate(mapping(tmp_path))
+    watch = SimpleNamespace(
+        pipeline=SimpleNamespace(periods=("1", "2"), specs=[first, second]),
+        prepared=1,
+        trained={"fm": (0.5, "train 1"), "students": (0.0, "starting")},
+        labelled={"fm": (0, 1)},
+    )
+    with display.Display(config, interval_s=0) as shown:
+        shown.update(watch)
+        shown.update(watch)
+        watch.trained["students"] = (1.0, "")
+        shown.update(watch)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("0 s: ")]
+    assert lines == [
+        "0 s: prepare 1/2, train fm 0.5/2, label fm 0/1, train students 0/1",
+        "0 s: prepare 1/2, train fm 0.5/2, label fm 0/1, train students 1/1",
+    ]
+
+
+@pytest.mark.parametrize("module", ["rayfm.data.span", "rayfm.serving.lane_task", "rayfm.training.worker"])
+def test_what_ray_loads_in_processes_that_use_no_torch_does_not_load_it(module):
+    """Tasks of Ray Data, and Ray Train's controllers: each is a process, and torch with TorchRec is 4 s of it."""
+    found = run_in_fresh_process(f"import sys, {module}; print([n for n in ('torch', 'torchrec') if n in sys.modules])")
+    assert found.strip() == "[]"

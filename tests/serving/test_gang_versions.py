@@ -16,11 +16,11 @@ from example_store import every_feature_rows
 from served_models import publish_model
 
 from rayfm.config import CapacityError, ConfigError, DataError, SnapshotError
-from rayfm.serving import labelling
+from rayfm.serving import lane_task
 from rayfm.serving.application import start_teacher
 from rayfm.serving.endpoints import EndpointsPlan, ServedTeacher, TeacherPlan, check_room, start_endpoints
 from rayfm.serving.gang import service as service_module
-from rayfm.serving.gang.gang import GangBroken, MemberLost
+from rayfm.serving.gang.errors import GangBroken, MemberLost
 from rayfm.serving.gang.service import GangTeacherService
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.problems import Problem
@@ -382,16 +382,16 @@ def told_by_ray() -> Exception:
 
 
 def test_jobs_ask_another_gang(monkeypatch):
-    monkeypatch.setattr("rayfm.serving.labelling.ASK_AGAIN_S", (0.0,))
+    monkeypatch.setattr("rayfm.serving.lane_task.ASK_AGAIN_S", (0.0,))
     answer = ("v1", ROWS)
 
     class Broken:
         def result(self) -> Any:
             raise told_by_ray()
 
-    assert labelling._result(Broken(), lambda: Answer(answer)) == answer
+    assert lane_task._result(Broken(), lambda: Answer(answer)) == answer
     with pytest.raises(CapacityError, match="asked 2 times"):
-        labelling._result(Broken(), Broken)
+        lane_task._result(Broken(), Broken)
     assert not is_lasting(told_by_ray()), "rows that were posted are tried again"
 
 

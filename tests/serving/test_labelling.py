@@ -15,7 +15,8 @@ from rayfm.labels.store import LabelStore
 from rayfm.models import MODELS, build_model
 from rayfm.schema import Schema
 from rayfm.serving.application import start_teacher, stop_teacher, teacher_handle
-from rayfm.serving.labelling import StoredLabels, label_period, score_lane, teacher_columns
+from rayfm.serving.labelling import StoredLabels, label_period, teacher_columns
+from rayfm.serving.lane_task import score_lane
 from rayfm.serving.teacher import TeacherServiceConfig, load_version, score_table
 from rayfm.snapshots import SnapshotStore, SQLiteMetadataStore
 from rayfm.snapshots.publish import publish
@@ -84,7 +85,7 @@ class Dying(Answers):
 
 @pytest.fixture
 def no_pauses(monkeypatch):
-    monkeypatch.setattr("rayfm.serving.labelling.ASK_AGAIN_S", (0.0, 0.0))
+    monkeypatch.setattr("rayfm.serving.lane_task.ASK_AGAIN_S", (0.0, 0.0))
 
 
 @pytest.fixture(scope="module")

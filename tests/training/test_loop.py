@@ -240,7 +240,7 @@ def test_every_objective_is_known_to_the_registry() -> None:
 
 def test_progress_is_reported(store: Path, tmp_path: Path) -> None:
     from rayfm.training import loop
-    from rayfm.training.trainer import progress_file
+    from rayfm.training.progress import progress_file
 
     spec = runs.spec(store, tmp_path, runs.learner("fm"))
     with pytest.MonkeyPatch.context() as patch:

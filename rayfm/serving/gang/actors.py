@@ -12,7 +12,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayfm.serving.gang.config import GangConfig
-from rayfm.serving.gang.gang import MemberLost, Members
+from rayfm.serving.gang.errors import MemberLost
+from rayfm.serving.gang.gang import Members
 from rayfm.serving.gang.member import GangMember
 
 

@@ -13,24 +13,14 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from rayfm.config import CapacityError, RayfmError, SnapshotError
+from rayfm.config import RayfmError, SnapshotError
 from rayfm.data.encode import Encoder
 from rayfm.models.base import MODELS
 from rayfm.schema import Schema
+from rayfm.serving.gang.errors import GangBroken, MemberLost
 from rayfm.snapshots.load import SnapshotStore
 
 log = logging.getLogger(__name__)
-
-
-class GangBroken(CapacityError):
-    """A member died or an exchange failed: this gang answers no more and will be replaced. Ask again.
-
-    As with a replica that died, the machines are at fault and not what was asked.
-    """
-
-
-class MemberLost(RayfmError):
-    """A member's process is gone, or cannot be reached."""
 
 
 class Members(Protocol):
