@@ -2,6 +2,7 @@
 
 Global step k takes rows ``[k * b, (k + 1) * b)`` of each lane, b = batch size / lanes. A consideration joins the step
 of the first impression of its lane that is not earlier; those after the lane's last impression join its last step.
+Which considerations are read is the choice of a sampling policy (sampling.py).
 Nothing here knows how many workers there are.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 
 from rayfm.config import ConfigError, DataError
 from rayfm.data.kinds import CONSIDERATION, IMPRESSION
+from rayfm.data.sampling import SamplingPolicy, Scale, policy_of
 from rayfm.data.store import ExampleStore, PeriodManifest
 from rayfm.schema import EXAMPLE_ID, LOGGED_PREFIX, TIME, Kind, unit_interval
 
@@ -30,6 +32,8 @@ CONSIDERATION_SALT = 0x5EED
 
 STEP, KIND, SUPERVISION, SUPERVISION_MASK = "__step", "__kind", "__supervision", "__supervision_mask"
 REPRESENTATION, REPRESENTATION_MASK = "__representation", "__representation_mask"
+
+WEIGHT = "sampling_weight"
 
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
@@ -74,11 +78,16 @@ class ReadPlan:
     """Global batch size in impressions, a multiple of the number of lanes."""
     supervision: tuple[str, ...] = ()
     lookups: tuple[Lookup, ...] = ()
-    consideration_share: float = 0.0
-    """Share of the considerations to read, chosen by a hash of the example id."""
+    consideration_share: float | SamplingPolicy = 0.0
+    """Share of the considerations to read, or a policy; rows are chosen by a hash of the example id."""
     representations: tuple[tuple[str, int], ...] = ()
     """Name and width of the stored representations to read; one that no look-up has is masked."""
     representation_lookups: tuple[RepresentationLookup, ...] = ()
+
+    @property
+    def sampling(self) -> SamplingPolicy:
+        """Which considerations are read."""
+        return policy_of(self.consideration_share)
 
     def rows_per_lane(self, lanes: int) -> int:
         if self.batch_size % lanes:
@@ -105,20 +114,48 @@ class LaneSteps:
     """Rows of the sampled considerations."""
     consideration_steps: npt.NDArray[np.int64]
     """Step of each sampled consideration; rises."""
+    consideration_weights: Float32 | None = None
+    """Inverse probability of each sampled consideration, where the policy weighs by it."""
 
     @classmethod
-    def of(cls, plan: ReadPlan, manifest: PeriodManifest, lane: int) -> LaneSteps:
+    def of(cls, plan: ReadPlan, manifest: PeriodManifest, lane: int, scale: Callable[[], Scale]) -> LaneSteps:
         per_step = plan.rows_per_lane(manifest.lanes)
         impressions = manifest.lane_rows("impression", lane)
         empty = np.zeros(0, np.int64)
-        if plan.consideration_share <= 0 or not manifest.lane_rows("consideration", lane) or not impressions:
+        policy = plan.sampling
+        if policy.nothing or not manifest.lane_rows("consideration", lane) or not impressions:
             return cls(impressions, per_step, empty, empty)
         times = _read_column(plan.store, manifest.period, "impression", lane, TIME)
-        ids = _read_column(plan.store, manifest.period, "consideration", lane, EXAMPLE_ID)
-        seen = _read_column(plan.store, manifest.period, "consideration", lane, TIME)
-        rows = np.flatnonzero(unit_interval(ids, CONSIDERATION_SALT) < plan.consideration_share)
+        names = tuple(dict.fromkeys((EXAMPLE_ID, TIME, *policy.columns)))
+        table = _read_lane(plan.store, manifest.period, "consideration", lane, names)
+        ids, seen = (table[name].to_numpy() for name in (EXAMPLE_ID, TIME))
+        probability = policy.probability(table, scale())
+        rows = np.flatnonzero(unit_interval(ids, CONSIDERATION_SALT) < probability)
         position = np.minimum(np.searchsorted(times, seen[rows], "left"), impressions - 1)
-        return cls(impressions, per_step, rows, position // per_step)
+        weights = (1 / probability[rows]).astype(np.float32) if policy.reweight else None
+        return cls(impressions, per_step, rows, position // per_step, weights)
+
+
+def period_scale(plan: ReadPlan, manifest: PeriodManifest) -> Scale:
+    """What the sampling policy's probabilities need to know of a whole period: the same in every process.
+
+    Raises:
+        DataError: the period lacks a column that the policy reads.
+    """
+    policy, period = plan.sampling, manifest.period
+    missing = [name for name in policy.columns if name not in manifest.columns]
+    if missing:
+        raise DataError(
+            f"{plan.store.period_dir(period)}: column {missing[0]!r} is missing, and the policy of consideration_share "
+            "chooses by it; prepare the period from a log that has it, or take another policy"
+        )
+
+    def parts() -> Iterator[pa.Table]:
+        for lane in range(manifest.lanes):
+            if manifest.lane_rows("consideration", lane):
+                yield from _read_groups(plan.store, period, "consideration", lane, policy.columns)
+
+    return policy.scale(parts, manifest.rows("impression"), manifest.rows("consideration"))
 
 
 class LaneCache:
@@ -129,6 +166,7 @@ class LaneCache:
         self._period = ""
         self._manifest: PeriodManifest | None = None
         self._steps: dict[int, LaneSteps] = {}
+        self._scale: Scale | None = None
         self._files: dict[tuple[Kind, int], pq.ParquetFile] = {}
         self._groups: dict[tuple[Kind, int], dict[int, pa.Table]] = {}
 
@@ -137,6 +175,7 @@ class LaneCache:
             self._manifest = self.plan.store.manifest(period)
             self._period = period
             self._steps.clear()
+            self._scale = None
             self._files.clear()
             self._groups.clear()
         return self._manifest
@@ -144,8 +183,13 @@ class LaneCache:
     def steps(self, period: str, lane: int) -> LaneSteps:
         manifest = self.manifest(period)
         if lane not in self._steps:
-            self._steps[lane] = LaneSteps.of(self.plan, manifest, lane)
+            self._steps[lane] = LaneSteps.of(self.plan, manifest, lane, lambda: self._period_scale(manifest))
         return self._steps[lane]
+
+    def _period_scale(self, manifest: PeriodManifest) -> Scale:
+        if self._scale is None:
+            self._scale = period_scale(self.plan, manifest)
+        return self._scale
 
     def read(self, period: str, kind: Kind, lane: int, start: int, stop: int) -> pa.Table:
         """Rows ``[start, stop)`` of a lane: the row groups that overlap, cut without a copy."""
@@ -199,7 +243,7 @@ class StepRows:
 
 def read_steps(plan: ReadPlan, cache: LaneCache, period: str, lanes: Sequence[int], first: int, last: int) -> StepRows:
     """The rows of ``lanes`` for steps ``[first, last)``."""
-    pieces: list[_Piece] = []
+    policy, pieces = plan.sampling, list[_Piece]()
     for lane in lanes:
         boundaries = cache.steps(period, lane)
         per_step = boundaries.per_step
@@ -208,6 +252,8 @@ def read_steps(plan: ReadPlan, cache: LaneCache, period: str, lanes: Sequence[in
         if stop > start:
             rows = np.arange(start, stop)
             table = cache.read(period, "impression", lane, start, stop)
+            if policy.reweight:  # so that every block of a reader has the column
+                table = reweighted(table, np.ones(table.num_rows, np.float32))
             pieces.append(_Piece(plan, table, period, "impression", lane, rows, rows // per_step))
         chosen = slice(*np.searchsorted(boundaries.consideration_steps, [first, last], "left"))
         rows = boundaries.considerations[chosen]
@@ -215,6 +261,8 @@ def read_steps(plan: ReadPlan, cache: LaneCache, period: str, lanes: Sequence[in
             table = cache.read(period, "consideration", lane, int(rows[0]), int(rows[-1]) + 1)
             if len(rows) < table.num_rows:
                 table = table.take(pa.array(rows - rows[0]))
+            if boundaries.consideration_weights is not None:
+                table = reweighted(table, boundaries.consideration_weights[chosen])
             pieces.append(
                 _Piece(plan, table, period, "consideration", lane, rows, boundaries.consideration_steps[chosen])
             )
@@ -342,13 +390,36 @@ def _corrupt(path: Path, period: str, error: Exception) -> DataError:
     return DataError(f"{path}: corrupt Parquet file ({why}); prepare period {period} again")
 
 
-def _read_column(store: ExampleStore, period: str, kind: Kind, lane: int, name: str) -> npt.NDArray[np.int64]:
+def reweighted(table: pa.Table, weight: Float32) -> pa.Table:
+    """``table`` with its sampling weights, 1 where it has none, multiplied by ``weight`` ``[n]``."""
+    if WEIGHT not in table.column_names:
+        return table.append_column(WEIGHT, pa.array(weight))
+    column = table[WEIGHT]
+    own = pc.fill_null(column, pa.scalar(1.0, column.type)).to_numpy().astype(np.float32, copy=False)
+    return table.set_column(table.column_names.index(WEIGHT), WEIGHT, pa.array(own * weight))
+
+
+def _read_lane(store: ExampleStore, period: str, kind: Kind, lane: int, names: Sequence[str]) -> pa.Table:
     file = store.open_lane(period, kind, lane)
     try:
-        table = file.read(columns=[name], use_threads=False)
+        return file.read(columns=list(names), use_threads=False)
     except (OSError, pa.ArrowInvalid) as error:
         raise _corrupt(store.lane_path(period, kind, lane), period, error) from None
-    values: npt.NDArray[np.int64] = table[name].to_numpy()
+
+
+def _read_groups(store: ExampleStore, period: str, kind: Kind, lane: int, names: Sequence[str]) -> Iterator[pa.Table]:
+    """A lane's row groups one by one: what is summed over a period need not be held at once."""
+    file = store.open_lane(period, kind, lane)
+    for group in range(file.num_row_groups):
+        try:
+            table = file.read_row_group(group, list(names), use_threads=False)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise _corrupt(store.lane_path(period, kind, lane), period, error) from None
+        yield table
+
+
+def _read_column(store: ExampleStore, period: str, kind: Kind, lane: int, name: str) -> npt.NDArray[np.int64]:
+    values: npt.NDArray[np.int64] = _read_lane(store, period, kind, lane, [name])[name].to_numpy()
     return values
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from rayfm.config import Config, ConfigError, apply_override, nearest, read_yaml, validate
 from rayfm.data.config import DataConfig
 from rayfm.data.sources.base import SOURCES
+from rayfm.data.sampling import ConsiderationShare
 from rayfm.distill.base import OBJECTIVES, ObjectiveConfig
 from rayfm.distill.build import check_objectives
 from rayfm.labels.config import LabelStoreConfig
@@ -196,8 +197,8 @@ class PipelineConfig(Config):
     students: dict[Name, StudentConfig]
     groups: dict[Name, TrainingConfig] = {"students": TrainingConfig()}
     """Worker groups of the students."""
-    consideration_share: float = Field(0.0, ge=0, le=1)
-    """Share of the considerations in training batches."""
+    consideration_share: ConsiderationShare = 0.0
+    """Which considerations join the students' batches: a share of them all, from 0 to 1, or a policy."""
     publish_students: bool = True
     """Whether students are published after each period; without it, experiments on metrics alone are faster."""
     keep_snapshots: int = Field(3, ge=1)

@@ -18,6 +18,7 @@ from rayfm.config import Config, DataError
 from rayfm.data.batch import CONSIDERATION, IMPRESSION, Batch
 from rayfm.data.encode import Encoder
 from rayfm.data.reader import ArrowReader, RayDataReader, Reader
+from rayfm.data.sampling import ConsiderationShare
 from rayfm.data.steps import Lookup, ReadPlan, TruthLookup
 from rayfm.data.store import ExampleStore, write_json_atomic
 from rayfm.export.calibration import Fits
@@ -134,12 +135,19 @@ class TrainingLoop:
         partial: dict[str, Any] = dict(resumed.partial) if resumed else {}
         if self.rank > 0:
             partial.pop("examples", None)  # the checkpoint's count is of all ranks; rank 0 goes on with it
+        cpu_before = time.process_time()
         if self._trains(index):
             examples = self._train(index, resumed.cursor.step if resumed else 0, partial, resumed, parts)
         else:
             examples = 0
         losses = {name: total / weight for name, (total, weight) in partial.get("losses", {}).items() if weight > 0}
-        record = {"examples": examples, "losses": losses, "parts": parts.seconds, "calibration": self.calibration}
+        record = {
+            "examples": examples,
+            "cpu_seconds": time.process_time() - cpu_before,
+            "losses": losses,
+            "parts": parts.seconds,
+            "calibration": self.calibration,
+        }
         with parts.timed("checkpoint"):
             self._checkpoint(Cursor(finished=self.spec.periods[: index + 1]), {}, record)
         self._finish(index, record, parts, started)
@@ -326,7 +334,7 @@ class TrainingLoop:
         supervision: tuple[str, ...],
         labels: dict[str, PinnedLabels],
         batch_size: int,
-        share: float,
+        share: ConsiderationShare,
         widths: dict[str, int] | None = None,
     ) -> tuple[ReadPlan, Encoder]:
         features = self.spec.features
@@ -496,3 +504,6 @@ class PeriodRecord(Config):
     """Learner -> task -> slope and shift as of this period: fitted on its predictions, or before where it has no fit.
     Its snapshot holds them, where the period was trained on, with ``logit_shift`` added to the shift."""
     versions: dict[str, str]
+    cpu_seconds: float = 0.0
+    """CPU time of rank 0's process in training, all its threads, prediction left out. After a restart in the middle of
+    the period: since then."""

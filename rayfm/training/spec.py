@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rayfm.config import Config
+from rayfm.data.sampling import ConsiderationShare
 from rayfm.data.steps import Lookup, RepresentationLookup
 from rayfm.data.store import ExampleStore
 from rayfm.export.config import Tolerance
@@ -42,8 +43,8 @@ class TrainerSpec(Config):
     """The run's folder: snapshots, and this trainer's own folder, lie below it."""
     teachers: tuple[str, ...] = ()
     """Teachers whose labels the learners read."""
-    consideration_share: float = 0.0
-    """Share of the considerations in training batches."""
+    consideration_share: ConsiderationShare = 0.0
+    """Which considerations are in training batches: a share of them all, or a policy."""
     evaluated_share: float = 0.0
     """Share of the considerations that are predicted and scored."""
     replicates: int = 200
