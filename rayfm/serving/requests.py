@@ -25,10 +25,9 @@ def conform_columns(encoder: Encoder, table: pa.Table) -> dict[str, pa.Array]:
             the example store may have: beyond the type, negative ids where the feature forbids them, a number that is
             not finite, a null within a list, weights that do not match their ids.
     """
-    schema, wanted = encoder.schema, encoder.columns
-    types = {field.name: field.type for field in schema.arrow_schema()}
+    schema, wanted, types = encoder.schema, set(encoder.columns), encoder.types
     widths = dict(encoder.representations)
-    known = [*types, *widths, KIND_COLUMN, *(name for name in RESERVED_COLUMNS if name not in types)]
+    known = {*types, *widths, KIND_COLUMN, *RESERVED_COLUMNS}
     arrays: dict[str, pa.Array] = {}
     for name in table.column_names:
         if name not in known and not name.startswith((LOGGED_PREFIX, TRUTH_PREFIX)):
@@ -94,8 +93,7 @@ def _vectors(name: str, column: pa.ChunkedArray, width: int) -> pa.Array:
 
 def _first(mask: pa.Array) -> int | None:
     """Row of the first true value; a null counts as false."""
-    marked = pc.fill_null(mask, False).to_numpy(zero_copy_only=False)
-    return int(marked.argmax()) if marked.any() else None
+    return int(pc.index(mask, True).as_py()) if mask.true_count else None
 
 
 def _refuse(name: str, mask: pa.Array, what: str, offsets: npt.NDArray[np.int64] | None = None) -> None:
@@ -106,14 +104,16 @@ def _refuse(name: str, mask: pa.Array, what: str, offsets: npt.NDArray[np.int64]
     raise DataError(f"row {row}: column {name!r} holds {what}")
 
 
-def _not_finite(values: pa.Array) -> pa.Array:
-    return pc.invert(pc.is_finite(values))
+def _refuse_not_finite(name: str, values: pa.Array, what: str, offsets: npt.NDArray[np.int64] | None = None) -> None:
+    finite = pc.is_finite(values)
+    if finite.false_count:
+        _refuse(name, pc.invert(finite), what, offsets)
 
 
 def _check_feature(feature: Feature, arrays: dict[str, pa.Array]) -> None:
     name, array = feature.name, arrays[feature.name]
     if feature.kind == "dense":
-        _refuse(name, _not_finite(array), "a number that is not finite (null says that it is unknown)")
+        _refuse_not_finite(name, array, "a number that is not finite (null says that it is unknown)")
         return
     values: pa.Array = array
     offsets: npt.NDArray[np.int64] | None = None
@@ -128,4 +128,4 @@ def _check_feature(feature: Feature, arrays: dict[str, pa.Array]) -> None:
         if not np.array_equal(weight_offsets, offsets):
             raise DataError(f"column {name + WEIGHTS_SUFFIX!r}: its lists are not as long as those of {name!r}")
         _refuse(name + WEIGHTS_SUFFIX, flat.is_null(), "a null within a list", weight_offsets)
-        _refuse(name + WEIGHTS_SUFFIX, _not_finite(flat), "a weight that is not finite", weight_offsets)
+        _refuse_not_finite(name + WEIGHTS_SUFFIX, flat, "a weight that is not finite", weight_offsets)

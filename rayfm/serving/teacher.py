@@ -94,9 +94,13 @@ def score_table(
 
     With ``representation`` also a column of that name: fixed-size lists of the representation's H float32.
     """
+    return score_chunk(loaded, encode_rows(loaded, table), rows_at_once, representation)
+
+
+def encode_rows(loaded: LoadedVersion, table: pa.Table) -> EncodedChunk:
+    """A table of N examples as a version reads them."""
     none = np.zeros((table.num_rows, 0), np.float32)
-    chunk = loaded.encoder.encode(table, np.zeros(table.num_rows, np.int64), none, none.astype(np.bool_))
-    return score_chunk(loaded, chunk, rows_at_once, representation)
+    return loaded.encoder.encode(table, np.zeros(table.num_rows, np.int64), none, none.astype(np.bool_))
 
 
 def score_chunk(
@@ -176,8 +180,10 @@ class TeacherService:
         self.store = SnapshotStore(self.config.root)
         self._versions: OrderedDict[str, LoadedVersion] = OrderedDict()
         self._lock = threading.Lock()
-        # One thread: torch's own threads do the work, and two forwards side by side would only take turns.
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayfm-score")
+        # One thread scores: torch's own threads do the work, and two forwards side by side would only take turns.
+        # Another encodes the next request meanwhile.
+        self._encoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayfm-encode")
+        self._scoring = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayfm-score")
         self._current: str | None = None
         self._follower: Follower[LoadedVersion] | None = None
         self._loader: Loader[LoadedVersion] | None = None
@@ -259,16 +265,17 @@ class TeacherService:
         if wanted is None:
             raise ValueError("no version is current; name one")
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._score, table, wanted, representation, conform_first)
-
-    def _score(
-        self, table: pa.Table, wanted: str | LoadedVersion, representation: bool, conform_first: bool
-    ) -> tuple[str, pa.Table]:
-        loaded = wanted if isinstance(wanted, LoadedVersion) else self._load(wanted)
-        if conform_first:
-            table = conform_rows(loaded.encoder, table)
-        predictions = score_table(loaded, table, self.config.predict_rows, representation)
+        loaded, chunk = await loop.run_in_executor(self._encoding, self._encode, table, wanted, conform_first)
+        predictions = await loop.run_in_executor(
+            self._scoring, score_chunk, loaded, chunk, self.config.predict_rows, representation
+        )
         return loaded.version, check_finite(predictions) if conform_first else predictions
+
+    def _encode(
+        self, table: pa.Table, wanted: str | LoadedVersion, conform_first: bool
+    ) -> tuple[LoadedVersion, EncodedChunk]:
+        loaded = wanted if isinstance(wanted, LoadedVersion) else self._load(wanted)
+        return loaded, encode_rows(loaded, conform_rows(loaded.encoder, table) if conform_first else table)
 
     def _load(self, version: str) -> LoadedVersion:
         if self._loader is not None:

@@ -248,7 +248,7 @@ def test_a_fault_of_the_services_keeps_its_words(service, rows, monkeypatch, cap
     def broken(*args):
         raise ValueError("/srv/secret: bad")
 
-    monkeypatch.setattr("rayfm.serving.teacher.score_table", broken)
+    monkeypatch.setattr("rayfm.serving.teacher.score_chunk", broken)
     response = call(service, stream(rows), "v1")
     assert response.status_code == 500
     assert "/srv/secret" not in response.body.decode()

@@ -97,8 +97,9 @@ def check_user(user: pa.Table, candidates: pa.Table) -> None:
     """
     if user.num_columns and user.num_rows != 1:
         raise DataError(f"the user's table has {user.num_rows} rows; send one user in a request")
+    theirs = set(candidates.column_names)
     for name in user.column_names:
-        if name in candidates.column_names:
+        if name in theirs:
             raise DataError(f"column {name!r} is given for the user and for the candidates; send it once")
 
 
