@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rayfm.config.errors import RayfmError
     from rayfm.pipeline.config import PipelineConfig, load_config
     from rayfm.pipeline.parts import evaluate, label, prepare, train, write_report
+    from rayfm.pipeline.select import SelectResult, select
     from rayfm.pipeline.stream import RunResult, run
     from rayfm.pipeline.tune import TuneResult, tune
 
@@ -32,6 +33,8 @@ _HOMES = {
     "prepare": "rayfm.pipeline.parts",
     "train": "rayfm.pipeline.parts",
     "write_report": "rayfm.pipeline.parts",
+    "SelectResult": "rayfm.pipeline.select",
+    "select": "rayfm.pipeline.select",
     "RunResult": "rayfm.pipeline.stream",
     "run": "rayfm.pipeline.stream",
     "TuneResult": "rayfm.pipeline.tune",
@@ -42,12 +45,14 @@ __all__ = [
     "PipelineConfig",
     "RayfmError",
     "RunResult",
+    "SelectResult",
     "TuneResult",
     "evaluate",
     "label",
     "load_config",
     "prepare",
     "run",
+    "select",
     "train",
     "tune",
     "write_report",

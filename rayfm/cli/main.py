@@ -184,6 +184,21 @@ def tune(
 
 
 @app.command()
+def select(
+    config: ConfigFile,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a selection that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget an earlier selection of this name.")] = False,
+    set_: Overrides = None,
+    data: Data = None,
+) -> None:
+    """Choose features by what they are worth on impressions and on considerations, on the warm-up periods."""
+    loaded = _load(config, set_, data)
+    from rayfm.cli.select import select_and_show
+
+    select_and_show(loaded, resume, overwrite)
+
+
+@app.command()
 def report(run_dir: RunFolder) -> None:
     """Write report.html from what a run left, and print its table."""
     from rayfm.cli.display import print_summary

@@ -16,6 +16,9 @@ from rayfm.config.registry import Registry, nearest
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
+INCLUDE = "include"
+"""Key of a mapping that stands for what a file holds."""
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML takes the last of two equal keys in silence; a config file should not.
@@ -47,9 +50,19 @@ _UniqueKeyLoader.yaml_implicit_resolvers = {
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
+    Anywhere below it, ``{include: FILE}`` stands for what another YAML file holds, named from this one's folder.
+
     Raises:
-        ConfigError: the file is missing, is not YAML, or is not a mapping.
+        ConfigError: the file, or one that it includes, is missing or is not YAML; or it is not a mapping.
     """
+    data = _parse(path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(data).__name__}")
+    included: dict[str, Any] = _include(data, Path(path).parent)
+    return included
+
+
+def _parse(path: str | Path) -> Any:
     try:
         text = Path(path).read_text()
     except OSError as error:
@@ -64,9 +77,30 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
     except ConfigError as error:
         raise ConfigError(f"{path} {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping at the top, found {type(data).__name__}")
     return data
+
+
+def _include(value: Any, folder: Path, within: tuple[Path, ...] = ()) -> Any:
+    """``value`` with each ``{include: FILE}`` in it replaced by what the YAML file holds: a list, a mapping, a value.
+
+    Args:
+        value: a part of a config.
+        folder: where relative names start: the folder of the file that includes.
+        within: the files that are being included.
+
+    Raises:
+        ConfigError: the file cannot be read, or includes itself.
+    """
+    if isinstance(value, dict) and value.keys() == {INCLUDE} and isinstance(value[INCLUDE], str):
+        path = (folder / value[INCLUDE]).resolve()
+        if path in within:
+            raise ConfigError(f"{path} includes itself; take one 'include' out")
+        return _include(_parse(path), path.parent, (*within, path))
+    if isinstance(value, dict | list):
+        # In place: what stands in a file once, under an anchor, remains one.
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            value[key] = _include(item, folder, within)
+    return value
 
 
 def apply_override(data: dict[str, Any], assignment: str) -> None:
@@ -88,7 +122,7 @@ def apply_override(data: dict[str, Any], assignment: str) -> None:
     except (yaml.YAMLError, ConfigError) as error:
         reason = getattr(error, "problem", None) or error
         raise ConfigError(f"--set {assignment!r}: the value is not valid YAML ({reason})") from None
-    set_key(data, path.strip(), value, f"--set {assignment!r}")
+    set_key(data, path.strip(), _include(value, Path.cwd()), f"--set {assignment!r}")
 
 
 def set_key(data: dict[str, Any], path: str, value: Any, where: str) -> None:

@@ -19,6 +19,7 @@ from rayfm.models.base import MODELS, ModelConfig
 from rayfm.models.histories import HistoryFeature
 from rayfm.pipeline.tune_config import TuneConfig
 from rayfm.schema import LOGGED_PREFIX, Schema
+from rayfm.selection.config import SelectConfig
 from rayfm.serving.gang.gpus import check_member_gpus
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.nearline.config import NearLineSupervisionConfig
@@ -210,6 +211,8 @@ class PipelineConfig(Config):
     ray: RayConfig = RayConfig()
     tune: TuneConfig | None = None
     """What `rayfm tune` searches; a run does not read it."""
+    select: SelectConfig | None = None
+    """What `rayfm select` does; a run does not read it."""
 
     @property
     def run_dir(self) -> Path:

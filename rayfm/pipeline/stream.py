@@ -327,7 +327,7 @@ class Pipeline:
     def _same_config(self, saved: Path) -> None:
         before, now = yaml.safe_load(saved.read_text()), self.config.dump()
         for config in (before, now):
-            for key in ("ray", "runs", "storage", "tune"):
+            for key in ("ray", "runs", "storage", "tune", "select"):
                 config.pop(key, None)
             # It counts for the periods that are labelled from now on; tickets hold what counts for the others.
             for teacher in (config.get("teachers") or {}).values():

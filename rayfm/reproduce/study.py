@@ -136,7 +136,7 @@ def fingerprint(study: Study, scope: Scope, student: str, variant: str) -> str:
     }
     read |= {column.partition("/")[0] for column in config.students[student].reference.values()}
     dump["teachers"] = {name: teacher for name, teacher in dump["teachers"].items() if name in read}
-    for key in ("ray", "serving", "runs", "storage", "label_store", "name"):
+    for key in ("ray", "serving", "runs", "storage", "label_store", "name", "select"):
         dump.pop(key)
     dump["code"] = [__version__, NUMBERS]
     text = json.dumps(dump, sort_keys=True)
