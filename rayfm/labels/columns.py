@@ -14,12 +14,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 import pyarrow as pa
 
 from rayfm.config import LabelError, nearest
+from rayfm.config.names import check_stored_name
 
 TEACHER, PERIOD, VERSION, KIND, LANE, ROW = "teacher", "period", "version", "kind", "lane", "row"
 EXAMPLE_ID, REPRESENTATION = "example_id", "representation"
@@ -34,8 +34,6 @@ PLACE: dict[str, pa.DataType] = {
     EXAMPLE_ID: pa.int64(),
 }
 """The columns that every data file has before its task columns."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 def task_column(task: str) -> str:
@@ -92,11 +90,7 @@ def check_part(what: str, name: str) -> str:
     Raises:
         LabelError: it has an odd character.
     """
-    if not _NAME.fullmatch(name):
-        raise LabelError(
-            f"{what} {name!r}: use letters, digits, '_', '-', '.', starting with a letter or digit (at most 128)"
-        )
-    return name
+    return check_stored_name(what, name, LabelError)
 
 
 def has_seen(trained_through: str | None, period: str) -> bool:

@@ -9,18 +9,16 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from rayfm.config import Config, SnapshotError
+from rayfm.config.names import check_stored_name
 from rayfm.export.config import ExportCheck
 
 MANIFEST = "manifest.json"
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 class SliceRecord(Config):
@@ -95,11 +93,7 @@ def check_name(what: str, name: str) -> str:
     Raises:
         SnapshotError: it could leave its folder, or has an odd character.
     """
-    if not _NAME.fullmatch(name):
-        raise SnapshotError(
-            f"{what} {name!r}: use letters, digits, '_', '-', '.', starting with a letter or digit (at most 128)"
-        )
-    return name
+    return check_stored_name(what, name, SnapshotError)
 
 
 def version_id(trained_through: str, *identity: str) -> str:
