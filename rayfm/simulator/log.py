@@ -6,7 +6,7 @@ Shape letters: N rows of the log.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -113,7 +113,7 @@ def _table(simulation: Simulation, record: PeriodRecord, schema: Schema, kind: K
     truth = simulation.truth(observation, rows.request, ad)
     reached = pa.array([*STAGES, SHOWN])
     values: dict[str, pa.Array] = {
-        EXAMPLE_ID: pa.array(rows.request * config.candidates + rows.column),
+        EXAMPLE_ID: pa.array(_example_id(config, rows.request, rows.column)),
         TIME: pa.array(requests.time[rows.request]),
         TRAFFIC: observation.column("placement", rows.request, ad),
         "request_id": pa.array(record.number * config.requests_per_period + rows.request),
@@ -133,6 +133,38 @@ def _table(simulation: Simulation, record: PeriodRecord, schema: Schema, kind: K
         if feature.name not in values:
             values[feature.name] = observation.column(feature.name, rows.request, ad)
     return pa.Table.from_arrays([values[field.name] for field in log_schema(schema)], schema=log_schema(schema))
+
+
+def candidate_rows(
+    record: PeriodRecord, schema: Schema, features: Collection[str], request: Ints, column: Ints
+) -> pa.Table:
+    """Any candidates of a period's pools as the log would have them, whether or not it does.
+
+    Args:
+        record: of the period.
+        schema: the pipeline's schema.
+        features: those of the schema's that are wanted.
+        request, column: ``[N]``, positions of requests and of candidates in their pools.
+
+    Returns:
+        N rows: example id, time, traffic and the features; no label, no prediction and nothing of the truth.
+    """
+    observation = record.observation
+    ad = record.outcome.pool[request, column]
+    values = {
+        EXAMPLE_ID: pa.array(_example_id(observation.config, request, column)),
+        TIME: pa.array(observation.requests.time[request]),
+        TRAFFIC: observation.column("placement", request, ad),
+    }
+    fields = [field for field in schema.arrow_schema() if field.name in values or field.name in features]
+    arrays = [
+        values[field.name] if field.name in values else observation.column(field.name, request, ad) for field in fields
+    ]
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+
+def _example_id(config: SimulatorConfig, request: Ints, column: Ints) -> Ints:
+    return request * config.candidates + column
 
 
 def log_schema(schema: Schema) -> pa.Schema:

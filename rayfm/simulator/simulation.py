@@ -42,7 +42,7 @@ class Simulation:
     """A world with its cascade, moved on by `step`.
 
     The production models of a period have learnt from the impressions of earlier periods alone: `step` serves first
-    and trains then.
+    and trains then. Between the two, `serve` and `learn`, other models can be asked what they would have shown.
     """
 
     def __init__(self, config: SimulatorConfig) -> None:
@@ -51,6 +51,7 @@ class Simulation:
         self.history = History(config)
         self.observer = Observer(self.world)
         self.inputs = production_inputs(config)
+        self._unlearned = False
         self._windows: dict[str, deque[tuple[Impressions, ...]]] = {
             stage: deque(maxlen=config.production.window) for stage in STAGES
         }
@@ -78,11 +79,13 @@ class Simulation:
         """Of the period that was last stepped through."""
         return self.world.period - self.config.bootstrap_periods
 
-    def scorers(self, observation: Observation) -> list[Scorer]:
-        """The production models as the cascade's stages, in this period."""
+    def scorers(self, observation: Observation, requests: Ints | None = None) -> list[Scorer]:
+        """The production models as the cascade's stages, as they stand; row r is ``requests[r]``, by default all."""
 
         def scorer(stage: str) -> Scorer:
             request = observation.side("request", self.inputs[stage])
+            if requests is not None:
+                request = request[requests]
             ad = observation.side("ad", self.inputs[stage])
             return lambda pool: self.models[stage].predict(request, ad, pool)
 
@@ -90,6 +93,18 @@ class Simulation:
 
     def step(self) -> PeriodRecord:
         """The next period: the world moves on, requests are served, users react, the models train on what was shown."""
+        record = self.serve()
+        self.learn(record)
+        return record
+
+    def serve(self) -> PeriodRecord:
+        """The first half of `step`: the next period's requests are served, and users react.
+
+        Raises:
+            ValueError: nothing has been learned from the period before yet.
+        """
+        if self._unlearned:
+            raise ValueError(f"period {self.number} is served and not learned from; call learn first")
         config = self.config
         new_ads = self.world.advance()
         self.history.forget_ads(new_ads)
@@ -108,12 +123,26 @@ class Simulation:
             request = np.repeat(np.arange(len(requests)), outcome.shown.shape[1])
             ad = outcome.ads(outcome.shown).reshape(-1)
             labels = self.truth(observation, request, ad).sample(stream(config.seed, "labels", self.world.period))
-            self._train(observation, request, ad, labels["click"])
-        category = self.world.category_of[self.world.ad_campaign[ad]]
-        self.history.add(
-            requests.user[request], ad, self.world.ad_id[ad], category, requests.traffic[request], labels["click"]
-        )
+        self._unlearned = True
         return PeriodRecord(self.number, observation, outcome, explored, labels)
+
+    def learn(self, record: PeriodRecord) -> None:
+        """The second half of `step`: the models train on what was shown, and counts take it in.
+
+        Raises:
+            ValueError: ``record`` is of another period, or has been learned from.
+        """
+        self.check_current(record)
+        if not self._unlearned:
+            raise ValueError(f"period {self.number} has been learned from")
+        self._unlearned = False
+        requests, click = record.observation.requests, record.labels["click"]
+        request = np.repeat(np.arange(len(requests)), record.outcome.shown.shape[1])
+        ad = record.outcome.ads(record.outcome.shown).reshape(-1)
+        with single_thread(self.config.seed):
+            self._train(record.observation, request, ad, click)
+        category = self.world.category_of[self.world.ad_campaign[ad]]
+        self.history.add(requests.user[request], ad, self.world.ad_id[ad], category, requests.traffic[request], click)
 
     def truth(self, observation: Observation, request: Ints, ad: Ints) -> Truth:
         """The truth of N (request, position in the catalogue) rows of the current period."""
@@ -128,15 +157,24 @@ class Simulation:
         Raises:
             ValueError: the world has moved on since ``record``.
         """
-        self.check_current(record)
-        pool = record.outcome.pool
-        request = np.repeat(np.arange(len(pool)), pool.shape[1])
-        flat = pool.reshape(-1)
-        value = (self.truth(record.observation, request, flat).click * self.world.ad_bid[flat]).reshape(pool.shape)
-        width = record.outcome.shown.shape[1]
-        best = -np.partition(-value, width - 1, axis=1)[:, :width]
+        value = self.true_value(record)
         served = np.take_along_axis(value, record.outcome.shown, axis=1)
+        best = best_value(value, record.outcome.shown.shape[1])
         return float(served.sum(dtype=np.float64)), float(best.sum(dtype=np.float64))
+
+    def true_value(self, record: PeriodRecord, requests: Ints | None = None) -> Floats:
+        """True expected CPM (click probability times bid) of the pools ``[R, C]``; of ``requests`` alone if given.
+
+        Raises:
+            ValueError: the world has moved on since ``record``.
+        """
+        self.check_current(record)
+        rows = np.arange(len(record.outcome.pool)) if requests is None else requests
+        pool = record.outcome.pool[rows]
+        flat = pool.reshape(-1)
+        click = self.truth(record.observation, np.repeat(rows, pool.shape[1]), flat).click
+        value: Floats = (click * self.world.ad_bid[flat]).reshape(pool.shape)
+        return value
 
     def check_current(self, record: PeriodRecord) -> None:
         """Refuse a record of another period than the world's: the truth of that one is gone."""
@@ -155,3 +193,9 @@ class Simulation:
             train, calibrate = (list(parts) for parts in zip(*window, strict=True))
             model.fit(Impressions.join(train), int(rng.integers(2**31)))
             model.calibrate(Impressions.join(calibrate[-self.config.production.calibration_window :]))
+
+
+def best_value(value: Floats, shown: int) -> Floats:
+    """The ``shown`` largest values of each pool: ``[R, C] -> [R, shown]``."""
+    best: Floats = -np.partition(-value, shown - 1, axis=1)[:, :shown]
+    return best
