@@ -20,6 +20,9 @@ from rayfm.distill.teacher import DistillationConfig, distilled_tasks
 from rayfm.models.base import ModelOutput
 from rayfm.schema import Schema
 
+COVERAGE = "coverage"
+"""How the names of terms begin, after their task, that say where supervision is from."""
+
 
 def first_prediction(batch: Batch, sources: Sequence[str], task: str) -> tuple[Tensor, Tensor]:
     """Each row's prediction from the first of ``sources`` that has one, and the mask of rows with any; ``[B]`` each."""
@@ -30,12 +33,24 @@ def first_prediction(batch: Batch, sources: Sequence[str], task: str) -> tuple[T
     return prediction, found
 
 
+def rows_by_source(batch: Batch, sources: Sequence[str], task: str) -> list[Tensor]:
+    """For each of ``sources`` the rows whose prediction `first_prediction` takes from it: bool ``[B]`` each."""
+    rows: list[Tensor] = []
+    taken = torch.zeros_like(batch.kind, dtype=torch.bool)
+    for source in sources:
+        there = batch.supervised(f"{source}/{task}")[1]
+        rows.append(there & ~taken)
+        taken = taken | there
+    return rows
+
+
 @OBJECTIVES.register("cross_stage")
 class CrossStage(Objective):
     """``L_BCE(z_T, z)`` (UKDSL Eq. 3 with the next stage's prediction z_T as label), on labelled and unlabelled rows.
 
     The next stage's model saw what this stage passed on, considerations among them, and its predictions were logged: a
-    teacher at no cost. Where the log has none, a teacher's labels stand in row by row.
+    teacher at no cost. Where the log has none, a teacher's labels stand in row by row; the metrics then say which share
+    of the rows has its prediction from where (``<task>/coverage <source>``), and the rest have none.
 
     A stage overestimates what it selects itself (section 3.2), so that the gain is on considerations: calibration and
     NE against the next stage. The serving head takes the next stage's bias over with it.
@@ -90,7 +105,19 @@ class CrossStage(Objective):
                 truth, known = batch.label(task.name)
                 label, mask = torch.where(mask, label, truth), mask | known
                 coefficient *= task.weight
-            mask = mask & rows_mask(batch, self.config.rows, task.name)
+            chosen = rows_mask(batch, self.config.rows, task.name)
             loss = task_loss(task, output.logits[task.name], label)
-            terms[task.name] = weighted_term(loss, batch.weight, mask, coefficient)
+            terms[task.name] = weighted_term(loss, batch.weight, mask & chosen, coefficient)
+            terms |= self._coverage(batch, task.name, chosen)
         return terms
+
+    def _coverage(self, batch: Batch, task: str, chosen: Tensor) -> dict[str, Term]:
+        """The share of the chosen rows that learns from each source, where there are two: terms that weigh nothing."""
+        sources = self.config.sources()
+        if len(sources) == 1:
+            return {}
+        pairs = zip(sources, rows_by_source(batch, sources, task), strict=True)
+        return {
+            f"{task}/{COVERAGE} {source}": weighted_term(there.float(), batch.weight, chosen, 0.0)
+            for source, there in pairs
+        }

@@ -25,6 +25,12 @@ from rayfm.schema import KINDS
 
 TaskKind = Literal["binary", "regression"]
 
+SCORED = (*KINDS, "impression_reference")
+"""Kinds of scored rows, by number: impressions against their labels, considerations against the model's ``reference``
+(the next stage's prediction, UKDSL 4.1.2), and impressions against that same reference."""
+
+IMPRESSION_REFERENCE = SCORED.index("impression_reference")
+
 SUMS = ("n", "weight", "label", "prediction", "logloss", "squared_error")
 """Columns of the sums: rows; then weight x (1, label, prediction, binary cross-entropy in nats, squared error)."""
 
@@ -92,7 +98,7 @@ class MetricState:
         self.tasks: dict[str, TaskKind] = dict(tasks)
         self.traffics = tuple(traffics)
         self.replicates, self.bins, self.replicate_bins = replicates, bins, replicate_bins
-        self._cells = {(k, task): self._empty(kind) for k in range(len(KINDS)) for task, kind in self.tasks.items()}
+        self._cells = {(k, task): self._empty(kind) for k in range(len(SCORED)) for task, kind in self.tasks.items()}
 
     def _empty(self, kind: TaskKind) -> Cell:
         binary = kind == "binary"
@@ -106,7 +112,7 @@ class MetricState:
         return Cell(**{name: torch.from_numpy(np.zeros(shape)) for name, shape in shapes.items()})
 
     def cell(self, kind: int, task: str) -> Cell:
-        """The sums of kind 0 (impressions) or 1 (considerations) and one task."""
+        """The sums of one kind, by its number in ``SCORED``, and one task."""
         return self._cells[kind, task]
 
     def update(
@@ -125,7 +131,7 @@ class MetricState:
 
         Args:
             task: name of the task.
-            kind: 0 impressions, 1 considerations.
+            kind: number in ``SCORED``: 0 impressions, 1 considerations, 2 impressions against the reference.
             prediction: ``[B]``, a logit for a binary task, a value for a regression.
             label: ``[B]``; for a binary task 0, 1 or a probability.
             mask: bool ``[B]``: the row is of this kind and its label is known. Other rows are not looked at.
@@ -192,7 +198,7 @@ class MetricState:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for (kind, task), cell in self._cells.items():
             for name, tensor in cell.tensors().items():
-                yield f"{KINDS[kind]}/{task}/{name}", tensor
+                yield f"{SCORED[kind]}/{task}/{name}", tensor
 
     def _layout(self) -> dict[str, object]:
         return {
@@ -246,7 +252,7 @@ class MetricState:
             CapacityError: the disk is full, or the folder cannot be written.
         """
         arrays = {
-            f"{KINDS[kind]}/{task}/{name}": tensor.numpy()
+            f"{SCORED[kind]}/{task}/{name}": tensor.numpy()
             for (kind, task), cell in self._cells.items()
             if float(cell.sums[:, 0].sum()) > 0
             for name, tensor in cell.tensors().items()

@@ -12,7 +12,7 @@ import numpy as np
 
 from rayfm.metrics.intervals import CONFIDENCE, Estimate, Sample, estimate, ratio_estimate
 from rayfm.metrics.pool import Pool, calibration_curve
-from rayfm.metrics.state import SUMS, MetricState, TaskKind
+from rayfm.metrics.state import SCORED, SUMS, MetricState, TaskKind
 from rayfm.schema import KINDS
 
 LOWER_IS_BETTER = frozenset({"ne", "ne_train", "logloss", "rmse", "miscalibration"})
@@ -59,7 +59,7 @@ def lines(
     ``value`` is None where a metric is undefined (one class alone; ``ne_train`` without a ``train_rate``).
     """
     rows: list[Row] = []
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(SCORED):
         for task, task_kind in state.tasks.items():
             cell = state.cell(number, task)
             if not float(cell.sums[:, SUMS.index("n")].sum()):
@@ -138,7 +138,7 @@ def summarise(
 
 def _gather(pools: dict[_Key, dict[int, Pool]], entry: Entry) -> None:
     """Add an entry's sums, of the kinds and tasks that have rows."""
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(SCORED):
         for task, task_kind in entry.state.tasks.items():
             cell = entry.state.cell(number, task)
             if float(cell.sums[:, SUMS.index("n")].sum()):
@@ -188,6 +188,18 @@ class Comparison:
             return None
         first, second = (_stack(self._samples[key][metric], seeds) for key in keys)
         return first - second
+
+    def relative_difference(
+        self, one: tuple[str, str], other: tuple[str, str], metric: str, task: str, kind: str = KINDS[0]
+    ) -> Sample | None:
+        """As `difference`, over ``other``'s value: what papers call a relative change."""
+        difference = self.difference(one, other, metric, task, kind)
+        if difference is None:
+            return None
+        (first, second), of = (one, other), (kind, task)
+        seeds, _ = _paired(self._pools[*first, *of], self._pools[*second, *of])
+        base = _stack(self._samples[*second, *of][metric], seeds)
+        return Sample(difference.points / base.points, difference.replicates / base.replicates)
 
 
 _Samples: TypeAlias = dict[str, dict[int, Sample]]

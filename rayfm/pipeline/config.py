@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graphlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,8 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from rayfm.config import Config, ConfigError, apply_override, nearest, read_yaml, validate
 from rayfm.data.config import DataConfig
-from rayfm.data.sources.base import SOURCES
 from rayfm.data.sampling import ConsiderationShare
+from rayfm.data.sources.base import SOURCES
 from rayfm.distill.base import OBJECTIVES, ObjectiveConfig
 from rayfm.distill.build import check_objectives
 from rayfm.labels.config import LabelStoreConfig
@@ -52,7 +53,13 @@ class TeacherConfig(Config):
     tasks: tuple[str, ...] | None = None
     """Tasks to learn and to label; by default all of the schema's."""
     objectives: tuple[Annotated[ObjectiveConfig, OBJECTIVES], ...] = ()
-    """Its objectives besides the tasks' own loss. They may read logged predictions, and no other teacher's labels."""
+    """Its objectives besides the tasks' own loss. They may read logged predictions, and other teachers' labels: a stage
+    of a cascade that learns from the next one, and teaches the one before it."""
+    consideration_share: ConsiderationShare = 0.0
+    """Which considerations are in its training batches, for objectives that learn without true labels: a share of them
+    all, from 0 to 1, or a policy."""
+    labels: LabelsConfig = LabelsConfig()
+    """What it asks of the labels of teachers that it learns from."""
     training: TrainingConfig = TrainingConfig(reader="ray_data")
     """Its ``reader`` is ``ray_data`` unless it names another: a teacher reads all periods through one pipeline."""
     seed: int = 0
@@ -66,7 +73,8 @@ class TeacherConfig(Config):
     """Store the model's representation beside each label, for students' ``representation`` objectives: 4 bytes times
     its width a row."""
     reference: dict[str, str] = {}
-    """Task -> column that considerations are scored against (``logged/<model>/<task>`` or ``truth/<task>``)."""
+    """Task -> column that considerations, and impressions besides their labels, are scored against:
+    ``logged/<model>/<task>``, ``truth/<task>``, or another teacher's ``<teacher>/<task>``."""
     traffics: tuple[str, ...] = ()
     """Traffics whose rows it learns and is scored on: one domain's teacher. It labels all. None named: all."""
     lost_labels: LostLabels | None = None
@@ -106,7 +114,8 @@ class StudentConfig(Config):
     """The worker group that trains it; students of one group share a reader."""
     labels: LabelsConfig = LabelsConfig()
     reference: dict[str, str] = {}
-    """Task -> column that considerations are scored against: the next stage's prediction, as UKDSL does."""
+    """Task -> column that considerations, and impressions besides their labels, are scored against: the next stage's
+    prediction, as UKDSL does (``logged/<model>/<task>`` or ``<teacher>/<task>``), or ``truth/<task>``."""
     calibrate: bool | CountsCalibration = False
     """Publish with a calibrator, as a teacher's ``calibrate`` says: what is served is then calibrated."""
 
@@ -279,15 +288,13 @@ class PipelineConfig(Config):
                 self._check_readings(f"{name}: variant {variant!r}", objectives)
         for name, teacher in self.teachers.items():
             for objective in teacher.objectives:
-                for read in (*objective.supervision(self.tasks_of(teacher)), *objective.representations()):
-                    if not read.startswith(LOGGED_PREFIX):
-                        raise ValueError(
-                            f"{name}: an objective of a teacher reads {read!r}; a teacher can learn from "
-                            f"'{LOGGED_PREFIX}<model>' alone, since labels are made for students"
-                        )
+                for column in objective.supervision(self.tasks_of(teacher)):
+                    self._check_column(name, f"objective {objective.label!r}", column, truth=False)
             self._check_objectives(name, teacher, teacher.objectives)
+            self._check_readings(name, teacher.objectives)
             if teacher.model.histories:
-                raise ValueError(f"{name}: 'histories' are for students; a teacher reads no other teacher's labels")
+                raise ValueError(f"{name}: 'histories' are for students")
+        self._check_chain()
         self._check_histories()
         trainings = [(f"teacher {name}", teacher.training) for name, teacher in self.teachers.items()]
         for name, training in [*trainings, *((f"group {name}", group) for name, group in self.groups.items())]:
@@ -301,6 +308,36 @@ class PipelineConfig(Config):
                         "replicated, as optimiser adam needs; give it another one in 'table_overrides'"
                     )
         return self
+
+    def objectives_of(self, part: TeacherConfig | StudentConfig) -> tuple[ObjectiveConfig, ...]:
+        """The objectives of a teacher, or of all variants of a student."""
+        if isinstance(part, TeacherConfig):
+            return part.objectives
+        return tuple(objective for objectives in part.variants.values() for objective in objectives)
+
+    def teachers_read(self, part: TeacherConfig | StudentConfig) -> tuple[str, ...]:
+        """The teachers whose labels a part reads, to learn from or to be scored against, in the config's order."""
+        heads = {column.partition("/")[0] for column in part.reference.values()}
+        heads |= {history.teacher for history in part.model.histories}
+        for objective in self.objectives_of(part):
+            heads |= {column.partition("/")[0] for column in objective.supervision(self.tasks_of(part))}
+            heads |= set(objective.representations())
+        return tuple(name for name in self.teachers if name in heads)
+
+    def teacher_order(self) -> tuple[str, ...]:
+        """The teachers, each after those that it reads: a cascade's last stage first."""
+        reads = {name: self.teachers_read(teacher) for name, teacher in self.teachers.items()}
+        return tuple(graphlib.TopologicalSorter(reads).static_order())
+
+    def _check_chain(self) -> None:
+        try:
+            self.teacher_order()
+        except graphlib.CycleError as error:
+            circle = " -> ".join(error.args[1])
+            raise ValueError(
+                f"teachers: each would wait for the other's labels, {circle} (whose labels -> who reads them); take "
+                f"one of the objectives or references out, or let one read '{LOGGED_PREFIX}<model>'"
+            ) from None
 
     def _check_histories(self) -> None:
         first: dict[str, tuple[str, HistoryFeature]] = {}

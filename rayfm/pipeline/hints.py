@@ -17,6 +17,13 @@ def hints(config: PipelineConfig) -> list[str]:
             where = f"{name}, variant {variant!r}"
             for objective in objectives:
                 found += [f"{where}: {text}" for text in _objective(config, student, objective)]
+    for name, teacher in config.teachers.items():
+        for objective in teacher.objectives:
+            kind = str(vars(objective)["type"])
+            if teacher.consideration_share == 0 and kind in ON_CONSIDERATIONS:
+                found.append(
+                    f"{name}: {kind} lives on considerations, and teachers.{name}.consideration_share is 0; raise it"
+                )
     return list(dict.fromkeys(found))
 
 

@@ -12,7 +12,7 @@ from rayfm.data.reader import ArrowReader
 from rayfm.data.steps import ReadPlan
 from rayfm.data.store import PeriodManifest
 from rayfm.labels.columns import has_seen
-from rayfm.metrics import MetricState, bootstrap_weights, lines
+from rayfm.metrics import IMPRESSION_REFERENCE, MetricState, bootstrap_weights, lines
 from rayfm.pipeline.config import PipelineConfig, load_config
 from rayfm.pipeline.session import ray_session
 from rayfm.pipeline.stream import Pipeline
@@ -143,8 +143,8 @@ def evaluate(
                 state.update(task, IMPRESSION, logits[task], label_, shown, *arguments)
                 if reference.get(task) in columns:
                     value, found = batch.supervised(reference[task])
-                    considered = found & (batch.kind == CONSIDERATION)
-                    state.update(task, CONSIDERATION, logits[task], value, considered, *arguments)
+                    for scored, kind in ((CONSIDERATION, CONSIDERATION), (IMPRESSION_REFERENCE, IMPRESSION)):
+                        state.update(task, scored, logits[task], value, found & (batch.kind == kind), *arguments)
         rows += lines(state, period, name, variant, int(seed))
     return rows
 

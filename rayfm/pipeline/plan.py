@@ -63,25 +63,27 @@ def student_periods(config: PipelineConfig, periods: tuple[str, ...]) -> tuple[s
 
 
 def periods_to_label(config: PipelineConfig, periods: tuple[str, ...], teacher: str) -> tuple[str, ...]:
-    """The periods whose labels of a teacher any student reads: to train with, or to be scored against.
+    """The periods whose labels of a teacher any student or other teacher reads: to train with, or to be scored against.
 
     The first period can have none: no teacher was trained before it.
     """
     if any(history.teacher == teacher for history in histories(config)):
         return periods[1:]  # a history of every period, and each period may be predicted with it
-    students = [s for s in config.students.values() if any(c.startswith(f"{teacher}/") for c in _columns(config, s))]
-    seen = student_periods(config, periods)
-    count = trained_periods(seen, config.schedule.students_through)
-    scored = any(column.startswith(f"{teacher}/") for s in students for column in s.reference.values())
-    return tuple(period for period in (seen if scored else seen[:count]) if period != periods[0]) if students else ()
+    read: set[str] = set()
+    for part in _parts(config):
+        if teacher not in config.teachers_read(part):
+            continue
+        if isinstance(part, StudentConfig):
+            seen, through = student_periods(config, periods), config.schedule.students_through
+        else:
+            seen, through = periods, part.through or config.schedule.teachers_through
+        scored = any(column.startswith(f"{teacher}/") for column in part.reference.values())
+        read |= set(seen if scored else seen[: trained_periods(seen, through)])
+    return tuple(period for period in periods[1:] if period in read)
 
 
-def _columns(config: PipelineConfig, student: StudentConfig) -> list[str]:
-    tasks = config.tasks_of(student)
-    terms = [term for variant in student.variants.values() for term in variant]
-    read = [column for term in terms for column in term.supervision(tasks)]
-    represented = [f"{teacher}/representation" for term in terms for teacher in term.representations()]
-    return [*read, *represented, *student.reference.values()]
+def _parts(config: PipelineConfig) -> list[TeacherConfig | StudentConfig]:
+    return [*config.students.values(), *config.teachers.values()]
 
 
 def histories(config: PipelineConfig) -> tuple[HistoryFeature, ...]:
@@ -110,7 +112,7 @@ def teacher_key(config: PipelineConfig, teacher: str) -> str:
 
 def teacher_spec(config: PipelineConfig, name: str, periods: tuple[str, ...]) -> TrainerSpec:
     """What the trainer of a teacher is told."""
-    teacher = config.teachers[name]
+    teacher, widths = config.teachers[name], representation_widths(config)
     return TrainerSpec(
         name=name,
         role="teacher",
@@ -121,7 +123,7 @@ def teacher_spec(config: PipelineConfig, name: str, periods: tuple[str, ...]) ->
                 seed=teacher.seed,
                 model=teacher.model,
                 tasks=config.tasks_of(teacher),
-                objectives=teacher.objectives,
+                objectives=tuple(objective.with_widths(widths) for objective in teacher.objectives),
                 reference=teacher.reference,
                 traffics=teacher.traffics,
                 lost_labels=teacher.lost_labels,
@@ -136,6 +138,8 @@ def teacher_spec(config: PipelineConfig, name: str, periods: tuple[str, ...]) ->
         trained=trained_periods(periods, teacher.through or config.schedule.teachers_through),
         store=config.storage,
         run_dir=str(config.run_dir),
+        teachers=config.teachers_read(teacher),
+        consideration_share=teacher.consideration_share,
         evaluated_share=config.evaluation.consideration_share if teacher.reference else 0.0,
         replicates=config.evaluation.replicates,
     )
@@ -165,9 +169,7 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
             for variant, objectives in student.variants.items()
             for seed in config.seeds
         )
-        represented = {name for learner in learners for name in learner.representations()}
-        represented |= {history.teacher for learner in learners for history in learner.histories().values()}
-        read = [column for learner in learners for column in (*learner.supervision(), *learner.reference.values())]
+        read = {name for student in students.values() for name in config.teachers_read(student)}
         specs.append(
             TrainerSpec(
                 name=group,
@@ -182,11 +184,7 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
                 export_tolerance=config.endpoints.compile.tolerance,
                 store=config.storage,
                 run_dir=str(config.run_dir),
-                teachers=tuple(
-                    name
-                    for name in config.teachers
-                    if name in represented or any(c.startswith(f"{name}/") for c in read)
-                ),
+                teachers=tuple(name for name in config.teachers if name in read),
                 consideration_share=config.consideration_share,
                 evaluated_share=config.evaluation.consideration_share,
                 replicates=config.evaluation.replicates,
@@ -205,8 +203,8 @@ def _read(config: PipelineConfig, parts: Sequence[TeacherConfig | StudentConfig]
 
 
 def representation_widths(config: PipelineConfig) -> dict[str, int]:
-    """Width of the representation of each teacher that a student reads one of."""
-    objectives = [o for student in config.students.values() for variant in student.variants.values() for o in variant]
+    """Width of the representation of each teacher that a student, or another teacher, reads one of."""
+    objectives = [objective for part in _parts(config) for objective in config.objectives_of(part)]
     names = {name for objective in objectives for name in objective.representations()}
     names |= {history.teacher for student in config.students.values() for history in student.model.histories}
     return {

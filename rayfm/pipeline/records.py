@@ -12,6 +12,7 @@ from typing import Any
 
 from rayfm.data.store import ExampleStore, write_json_atomic
 from rayfm.metrics import Entry, MetricState, lines, summarise
+from rayfm.metrics.stages import stage_rows
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.pipeline.plan import teachers_of
 from rayfm.pipeline.tickets import Tickets
@@ -86,6 +87,9 @@ class RunRecords:
             reference_variant=self.config.evaluation.reference_variant,
             teacher=teachers_of(self.config),
         )
+        references = {name: teacher.reference for name, teacher in self.config.teachers.items()}
+        references |= {name: student.reference for name, student in self.config.students.items()}
+        summary["stages"] = stage_rows(summary["metrics"], references)
         write_json_atomic(self.config.run_dir / "summary.json", summary)
         return summary
 

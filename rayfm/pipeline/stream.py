@@ -109,7 +109,7 @@ class Pipeline:
         url = config.endpoints.metadata
         followed = self.metadata if url is None else open_metadata(url)
         self.collector = Collector(self.snapshots, followed, keep=config.keep_snapshots)
-        self.teacher_specs = [teacher_spec(config, name, self.periods) for name in config.teachers]
+        self.teacher_specs = [teacher_spec(config, name, self.periods) for name in config.teacher_order()]
         self.student_specs = student_specs(config, self.periods)
         self.specs: list[TrainerSpec] = [*self.teacher_specs, *self.student_specs]
         self.records = RunRecords(config, self.specs, self.tickets, self.periods)
@@ -130,14 +130,15 @@ class Pipeline:
             alone: nothing else runs: wait for no label job and for no labels.
         """
         teaches = spec.role == "teacher" and not alone
-        labels = group_labels(self.config, spec.name) if spec.role == "students" else None
+        students = spec.role == "students"
+        labels = group_labels(self.config, spec.name) if students else self.config.teachers[spec.name].labels
         return TrainerTickets(
             self.tickets,
             spec.name,
             self.store,
             self.periods,
             teachers=spec.teachers,
-            labels=labels.model_copy(update={"wait": 0.0}) if labels is not None and alone else labels,
+            labels=labels.model_copy(update={"wait": 0.0}) if alone else labels,
             labelled=periods_to_label(self.config, self.periods, spec.name) if teaches else (),
             prepare_timeout=prepare_timeout,
         )
@@ -359,7 +360,7 @@ class Pipeline:
             start("prepare", self.prepare)
             for spec in self.specs:
                 start(spec.name, self.train, spec)
-            for spec in self.student_specs:
+            for spec in self.specs:
                 for teacher in spec.teachers:
                     if f"labels of {teacher}" not in parts.values():
                         wanted = periods_to_label(self.config, self.periods, teacher)

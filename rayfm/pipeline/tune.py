@@ -198,14 +198,19 @@ class Study:
         """
         if not self.spec.teachers:
             return {}
-        student = self.config.students[self.target.model]
+        student = self.config.students.get(self.target.model)
+        asked = (
+            self.config.teachers[self.target.model].labels
+            if student is None
+            else group_labels(self.config, student.group)
+        )
         tickets = TrainerTickets(
             self.pipeline.tickets,
             "tune",
             self.pipeline.store,
             self.pipeline.periods,
             teachers=self.spec.teachers,
-            labels=group_labels(self.config, student.group).model_copy(update={"wait": 0.0, "on_missing": "fail"}),
+            labels=asked.model_copy(update={"wait": 0.0, "on_missing": "fail"}),
         )
         try:
             return {period: tickets.wait_labels(period) for period in self.periods}

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from rayfm.config.durable import write_whole
-from rayfm.report import sections
+from rayfm.report import cascade, sections
 from rayfm.report.run import Run
 
 SECTIONS = (
     sections.headline,
     sections.ne_over_periods,
     sections.calibration,
+    cascade.stages,
     sections.labels,
     sections.training,
     sections.data,

@@ -16,6 +16,8 @@ from rayfm.report.table import short
 KIND_NAMES = {"impression": "impressions", "consideration": "considerations"}
 PARTS = ("wait", "read", "predict", "forward", "backward", "optimizer", "checkpoint", "publish", "metrics")
 MOST_TRAFFICS = 8
+COVERAGE = "/coverage "
+"""In the name of a term that is a share of rows, not a loss."""
 
 
 @dataclasses.dataclass
@@ -60,7 +62,8 @@ def _colours(names: Sequence[str], first: str | None = None) -> dict[str, str]:
     return colours
 
 
-def _variant_colours(run: Run) -> dict[str, str]:
+def variant_colours(run: Run) -> dict[str, str]:
+    """A colour for each variant of a run, grey for the one that the others are compared with."""
     rows = [*run.summary.get("metrics", []), *run.metrics]
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     return _colours(variants, run.summary.get("reference_variant", "none"))
@@ -121,7 +124,7 @@ def ne_over_periods(run: Run) -> Section:
         else ""
     )
     section = Section("NE over periods", intro=f"Each period is predicted before it is trained on.{scored}")
-    colours = _variant_colours(run)
+    colours = variant_colours(run)
     tasks = list(dict.fromkeys(line["task"] for line in run.metrics if line["metric"] == "ne"))
     for task in tasks:
         for kind, kind_name in KIND_NAMES.items():
@@ -168,7 +171,7 @@ def calibration(run: Run) -> Section:
         "calibrated. On considerations the label is the next stage's prediction."
     )
     section = Section("Calibration", intro=intro)
-    colours = _variant_colours(run)
+    colours = variant_colours(run)
     curves = run.summary.get("calibration_curves", [])
     for task in _task_names(run)[:1]:
         for kind, kind_name in KIND_NAMES.items():
@@ -247,7 +250,7 @@ def training(run: Run) -> Section:
     for event in events:
         for term, value in event.get("losses", {}).items():
             terms[f"{event['trainer']}: {term}"].append((event["period"], value))
-    if terms:
+    for title, what, coverage in (("Losses", "loss", False), ("Where supervision is from", "share of rows", True)):
         body = [
             [
                 (name, "name"),
@@ -257,9 +260,11 @@ def training(run: Run) -> Section:
                 number(values[-1][1]),
             ]
             for name, values in sorted(terms.items())
+            if (COVERAGE in name) == coverage
         ]
-        header = ["term", "first period", "loss", "last period", "loss"]
-        section.parts.append(Listing("Losses", header, body, folded=True))
+        if body:
+            header = ["term", "first period", what, "last period", what]
+            section.parts.append(Listing(title, header, body, folded=True))
     published = run.events("published", "model", "version")
     if published:
         body = [

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from rayfm.config import Config, DataError
+from rayfm.config import Config, DataError, nearest
 from rayfm.data.batch import CONSIDERATION, IMPRESSION, Batch
 from rayfm.data.encode import Encoder
 from rayfm.data.reader import ArrowReader, RayDataReader, Reader
@@ -24,7 +24,7 @@ from rayfm.data.store import ExampleStore, write_json_atomic
 from rayfm.export.calibration import Fits
 from rayfm.export.calibrator import Calibrator
 from rayfm.export.served import CALIBRATOR_PREFIX
-from rayfm.metrics import MetricState, RateCounter, bootstrap_weights
+from rayfm.metrics import IMPRESSION_REFERENCE, MetricState, RateCounter, bootstrap_weights
 from rayfm.models.histories import HistoryFeature
 from rayfm.schema import LOGGED_PREFIX
 from rayfm.snapshots.load import SnapshotStore
@@ -130,6 +130,8 @@ class TrainingLoop:
             self._barrier()
         self.store.check_schema(period, self.spec.schema_)
         self._check_requests(period)
+        if self._trains(index):
+            self._check_logged(period)
         if resumed is None and index >= self.spec.first_predicted:
             self._predict(period, parts)
         partial: dict[str, Any] = dict(resumed.partial) if resumed else {}
@@ -178,6 +180,21 @@ class TrainingLoop:
                         f"{self.store.period_dir(period)}: column 'request_id' is missing, and objective "
                         f"{objective.label!r} of {learner.key} compares rows of one request; prepare examples that "
                         "have it, or leave the objective out"
+                    )
+
+    def _check_logged(self, period: str) -> None:
+        """Raises DataError where all that an objective learns from are logged predictions that the examples lack."""
+        columns = self.store.manifest(period).columns
+        for learner in self.spec.learners:
+            for objective in learner.objectives:
+                read = objective.supervision(learner.tasks)
+                absent = [name for name in read if name.startswith(LOGGED_PREFIX) and name not in columns]
+                if read and len(absent) == len(read):
+                    known = [name for name in columns if name.startswith(LOGGED_PREFIX)]
+                    raise DataError(
+                        f"{self.store.period_dir(period)}: column {absent[0]!r} is missing, and objective "
+                        f"{objective.label!r} of {learner.key} learns from nothing else; prepare examples that have "
+                        f"it, or name a teacher, for cross_stage as 'fallback'{nearest(absent[0], known)}"
                     )
 
     # -- predict ------------------------------------------------------------------------------------------------
@@ -243,22 +260,16 @@ class TrainingLoop:
                 task, IMPRESSION, logits[task], label, shown, batch.weight, batch.traffic, batch.user, weights=copies
             )
             column = learner.config.reference.get(task)
-            if column is not None and self.spec.evaluated_share > 0:
-                value, found = batch.supervised(column)
-                considered = found & (batch.kind == CONSIDERATION)
+            if column is None:
+                continue
+            value, found = batch.supervised(column)
+            # Impressions too: against the next stage both kinds show whether two stages agree (UKDSL 4.1.2).
+            for scored, kind in ((CONSIDERATION, CONSIDERATION), (IMPRESSION_REFERENCE, IMPRESSION)):
+                rows = found & (batch.kind == kind)
                 if own is not None:
-                    considered &= own
-                state.update(
-                    task,
-                    CONSIDERATION,
-                    logits[task],
-                    value,
-                    considered,
-                    batch.weight,
-                    batch.traffic,
-                    batch.user,
-                    weights=copies,
-                )
+                    rows &= own
+                arguments = (batch.weight, batch.traffic, batch.user)
+                state.update(task, scored, logits[task], value, rows, *arguments, weights=copies)
 
     def _metric_state(self) -> MetricState:
         return MetricState(self.tasks, self.spec.schema_.traffics, replicates=self.spec.replicates)
@@ -497,6 +508,9 @@ class PeriodRecord(Config):
     period: str
     examples: int
     """Rows that were trained on, over all ranks."""
+    cpu_seconds: float = 0.0
+    """CPU time of rank 0's process in training, all its threads, prediction left out. After a restart in the middle of
+    the period: since then."""
     seconds: float
     parts: dict[str, float]
     losses: dict[str, float]
@@ -504,6 +518,3 @@ class PeriodRecord(Config):
     """Learner -> task -> slope and shift as of this period: fitted on its predictions, or before where it has no fit.
     Its snapshot holds them, where the period was trained on, with ``logit_shift`` added to the shift."""
     versions: dict[str, str]
-    cpu_seconds: float = 0.0
-    """CPU time of rank 0's process in training, all its threads, prediction left out. After a restart in the middle of
-    the period: since then."""

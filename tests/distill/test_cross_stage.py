@@ -8,7 +8,7 @@ from objective_cases import backward, five_rows, h, objective
 from pydantic import ValidationError
 
 from rayfm.config import ConfigError
-from rayfm.distill.cross_stage import first_prediction
+from rayfm.distill.cross_stage import first_prediction, rows_by_source
 
 NEXT = {"next_stage": "logged/next"}
 BOTH = {**NEXT, "fallback": "fm"}
@@ -75,6 +75,28 @@ def test_cross_stage_refuses_what_cannot_be_meant() -> None:
         objective("cross_stage", **NEXT, rows="considerations", replace_labels=True)
     with pytest.raises(ConfigError, match="'cross_stage': it cannot distil task 'clik'; did you mean 'click'"):
         objective("cross_stage", **NEXT, tasks=("clik",))
+
+
+def test_the_metrics_say_which_source_the_predictions_are_from() -> None:
+    batch, output = five_rows()
+    terms = objective("cross_stage", **BOTH, tasks=("click",))(batch, output)
+    # Of weights 1, 2, 3, 4, 5: rows 0 and 4 are logged, the teacher fills 1 and 3, row 2 has neither.
+    logged, filled = terms["click/coverage logged/next"], terms["click/coverage fm"]
+    assert logged.weighted_sum.item() / logged.weight.item() == pytest.approx((1 + 5) / 15)
+    assert filled.weighted_sum.item() / filled.weight.item() == pytest.approx((2 + 4) / 15)
+    assert logged.coefficient == filled.coefficient == 0.0, "they are no part of the loss"
+    assert set(terms) == {"click", "click/coverage logged/next", "click/coverage fm"}
+    considered = objective("cross_stage", **BOTH, tasks=("click",), rows="considerations")(batch, output)
+    assert considered["click/coverage logged/next"].weight.item() == 5
+    assert considered["click/coverage fm"].weighted_sum.item() == 0
+    assert set(objective("cross_stage", **NEXT, tasks=("click",))(batch, output)) == {"click"}, "one source says all"
+
+
+def test_each_row_is_counted_at_one_source() -> None:
+    batch, _ = five_rows()
+    first, second = rows_by_source(batch, ("logged/next", "fm"), "click")
+    assert first.tolist() == [True, False, False, False, True]
+    assert second.tolist() == [False, True, False, True, False]
 
 
 # --- SSLFM

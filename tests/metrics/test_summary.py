@@ -222,4 +222,11 @@ def test_comparison_is_the_summary_pair_by_pair(summary: dict[str, list[dict[str
     assert value is not None
     assert value.value == pytest.approx(find(summary["metrics"], model="fm", variant="none", metric="auc")["value"])
     assert comparison.value("fm", "gone", "auc", "click") is None
+    relative = comparison.relative_difference(("fm", "direct"), ("fm", "none"), "ne", "click")
+    assert relative is not None
+    per_seed = [comparison._samples["fm", "none", "impression", "click"]["ne"][seed] for seed in SEEDS]
+    base = np.array([sample.points[0] for sample in per_seed])
+    assert relative.points == pytest.approx(direct.points / base)
+    assert relative.replicates[1] == pytest.approx(direct.replicates[1] / per_seed[1].replicates[0])
+    assert comparison.relative_difference(("fm", "direct"), ("fm", "gone"), "ne", "click") is None
     assert comparison.difference(("fm", "direct"), ("big", "none"), "ne", "click") is None

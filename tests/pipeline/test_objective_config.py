@@ -82,9 +82,7 @@ def test_a_teacher_may_have_objectives_of_its_own(tmp_path):
     objectives[0]["traffics"] = ["fed"]
     assert "fm: objective 'supervised': traffic 'fed' is not in the schema" in complaint(tmp_path, teacher)
     teacher["teachers"]["fm"]["objectives"] = [{"type": "direct", "teacher": "other"}]
-    assert "fm: an objective of a teacher reads 'other/click'; a teacher can learn from 'logged/<model>' alone" in (
-        complaint(tmp_path, teacher)
-    )
+    assert "fm: objective 'direct' reads 'other/click', but there is no teacher 'other'" in complaint(tmp_path, teacher)
 
 
 def test_a_fallback_teacher_is_waited_for(tmp_path):

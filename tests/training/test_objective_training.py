@@ -9,6 +9,7 @@ import pytest
 import training_runs as runs
 from example_store import write_store
 
+from rayfm.config import DataError
 from rayfm.distill import OBJECTIVES
 from rayfm.export.served import export_model
 from rayfm.models.base import MODELS
@@ -69,6 +70,8 @@ def test_every_term_has_a_name_and_the_replaced_ones_are_gone(whole) -> None:
         "supervised/click",
         "supervised/watch",
         "cross_stage/click",
+        "cross_stage/click/coverage logged/ranking",
+        "cross_stage/click/coverage teacher",
         "dependent_task/click",
         "auxiliary_task/click",
         "self_auxiliary/click",
@@ -129,3 +132,32 @@ def test_two_workers_and_a_resume_change_nothing(store: Path, tmp_path: Path, wh
     assert found
     for key, value in found.items():
         assert value == pytest.approx(expected[key], rel=2e-4), key
+
+
+def test_where_predictions_are_from_is_a_share_of_the_rows(whole) -> None:
+    spec, _ = whole
+    found, prefix = runs.losses(spec), "dcnv2.mixed.1/cross_stage/click/coverage "
+    logged, filled = (
+        [found[period, prefix + source] for period in runs.PERIODS] for source in ("logged/ranking", "teacher")
+    )
+    assert all(0.7 < share < 0.9 for share in logged), "a fifth of the rows has no logged prediction"
+    assert filled[0] == 0, "no teacher labels the first period"
+    assert all(0 < share <= 1 - other + 1e-6 for share, other in zip(filled[1:], logged[1:], strict=True))
+
+
+def test_predictions_that_nobody_logged_are_refused(store: Path, tmp_path: Path) -> None:
+    config = OBJECTIVES["cross_stage"].Config
+    lost = config.model_validate({"type": "cross_stage", "next_stage": "logged/rankin", **CLICK})
+    learner = runs.learner("fm").model_copy(update={"variant": "lost", "objectives": (lost,)})
+    message = (
+        "column 'logged/rankin/click' is missing, and objective 'cross_stage' of fm.lost.1 learns from nothing else; "
+        "prepare examples that have it, or name a teacher, for cross_stage as 'fallback'; did you mean "
+        "'logged/ranking/click'"
+    )
+    with pytest.raises(DataError, match=message):
+        runs.train_here(runs.spec(store, tmp_path, learner))
+    filled = lost.model_copy(update={"fallback": "teacher"})
+    learner = learner.model_copy(update={"objectives": (filled,)})
+    spec = runs.spec(store, tmp_path / "filled", learner)
+    runs.train_here(spec)
+    assert runs.losses(spec)[runs.PERIODS[1], "fm.lost.1/cross_stage/click/coverage teacher"] > 0.5
