@@ -28,6 +28,8 @@ from rayfm.reproduce.scope import Scope
 from rayfm.reproduce.study import Study, fingerprint, study_config
 
 DONE = "trained.json"
+from rayfm.selection.result import FILE
+from rayfm.training.loop import PeriodRecord
 """Written into a run's folder when it is complete: what it trained, by fingerprint."""
 
 LOCK = ".reproduce.lock"
@@ -91,7 +93,8 @@ class Runner:
         import ray
 
         pipelines = [Pipeline(config) for config in configs]
-        pipelines[0].prepare()
+        for pipeline in {pipeline.config.storage: pipeline for pipeline in pipelines}.values():
+            pipeline.prepare()
         # The longest first, so that the last one to end is a short one.
         order = sorted(range(len(studies)), key=lambda i: -_size(pipelines[i]))
         task = ray.remote(_study_task).options(num_cpus=1, max_retries=2)
@@ -138,9 +141,9 @@ class Runner:
                 if name not in students:
                     continue
                 folder = self._found[fingerprint(study, self.scope, name, variant)]
-                periods = self._test_periods(study)
+                periods = self.test_periods(study)
                 group = study.students[name].get("group", "students")
-                for seed in self.scope.seeds:
+                for seed in study.seeds or self.scope.seeds:
                     for period in periods:
                         yield _entry(folder / "trainers" / group / "metrics" / period, name, variant, seed, period)
                 for teacher, config in study.teachers.items():
@@ -151,11 +154,43 @@ class Runner:
                         teachers_read.add((teacher, period))
                         yield _entry(at, teacher, TEACHER_VARIANT, int(config.get("seed", 0)), period)
 
-    def _test_periods(self, study: Study) -> tuple[str, ...]:
-        schedule = study.schedule
-        first, last = schedule.get("first"), schedule.get("last")
-        periods = [p for p in self.scope.periods if (first is None or p >= first) and (last is None or p <= last)]
-        return tuple(periods[schedule["warmup"] :])
+    def over_worlds(self, studies: list[Study], *students: str) -> Comparison:
+        """As `comparison`, of equal studies in several worlds: a world stands in a seed's place, so that the intervals
+        are over users and worlds. Each study has one seed."""
+        entries = [
+            dataclasses.replace(entry, seed=number)
+            for number, study in enumerate(studies)
+            for entry in self._entries([study], students)
+        ]
+        return Comparison(entries)
+
+    def records(self, study: Study, student: str, variant: str) -> list[PeriodRecord]:
+        """What the trainer of a variant says of each period: of all the variants that it trained together."""
+        folder = self._found[fingerprint(study, self.scope, student, variant)]
+        group = study.students[student].get("group", "students")
+        paths = sorted((folder / "trainers" / group / "periods").glob("*.json"))
+        return [PeriodRecord.model_validate_json(path.read_text()) for path in paths]
+
+    def periods(self, study: Study) -> tuple[str, ...]:
+        """The periods of a study."""
+        first, last = study.schedule.get("first"), study.schedule.get("last")
+        return tuple(p for p in self.scope.periods if (first is None or p >= first) and (last is None or p <= last))
+
+    def test_periods(self, study: Study) -> tuple[str, ...]:
+        """Those of them that are tested on."""
+        return self.periods(study)[study.schedule["warmup"] :]
+
+    def published(self, study: Study, student: str, variant: str, seed: int, period: str) -> tuple[Path, str, str]:
+        """Where the student's newest snapshot before ``period`` is: (run's folder, model's key, version).
+
+        The study publishes, has the student from its first period, and has been run; ``period`` is not its first.
+        """
+        folder = self._found[fingerprint(study, self.scope, student, variant)]
+        periods = self.periods(study)
+        before, group = periods[periods.index(period) - 1], study.students[student].get("group", "students")
+        record = json.loads((folder / "trainers" / group / "periods" / f"{before}.json").read_text())
+        key = f"{student}.{variant}.{seed}"
+        return folder, key, record["versions"][key]
 
 
 def _entry(folder: Path, model: str, variant: str, seed: int, period: str) -> Entry:

@@ -33,7 +33,9 @@ def ours(value: Estimate | None) -> str:
 
 
 def counted(result: Result) -> str:
-    """How many of the paper's signs held."""
+    """How many of the paper's signs held, where it reports any."""
+    if not result.claims:
+        return "none of this is a sign that the paper reports"
     count = result.counted()
     held = f"{count['held']} of the paper's {len(result.claims)} signs held"
     return f"{held}; {count['open']} undecided, {count['not']} the other way"

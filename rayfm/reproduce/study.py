@@ -25,9 +25,16 @@ class Study:
     schedule: Mapping
     teachers: dict[str, Mapping] = dataclasses.field(default_factory=dict)
     students: dict[str, Mapping] = dataclasses.field(default_factory=dict)
-    consideration_share: float = 0.0
+    consideration_share: float | Mapping = 0.0
+    """A share, or a sampling policy as in YAML. Where it is not 0, all considerations are scored."""
     groups: dict[str, Mapping] = dataclasses.field(default_factory=dict)
     """Worker groups besides ``students``, as changes of the common training."""
+    publish: bool = False
+    """Whether students are published after each period, for tables that ask them for more than their metrics."""
+    world: Mapping = dataclasses.field(default_factory=dict)
+    """Changes of the source's config, for a study in a world of its own: such as another seed of the simulator."""
+    seeds: tuple[int, ...] | None = None
+    """Student seeds, if not the scope's."""
 
     @property
     def variants(self) -> list[tuple[str, str]]:
@@ -57,8 +64,11 @@ def merge(studies: Iterable[Study]) -> list[Study]:
         if into is None:
             merged[study.name] = study
             continue
-        if (into.schedule, into.consideration_share) != (study.schedule, study.consideration_share):
-            raise ConfigError(f"study {study.name!r} is defined twice with different days; rename one")
+        alike = ("schedule", "consideration_share", "world", "seeds")
+        if any(getattr(into, name) != getattr(study, name) for name in alike):
+            raise ConfigError(f"study {study.name!r} is defined twice with different days, rows or seeds; rename one")
+        if into.publish != study.publish:
+            raise ConfigError(f"study {study.name!r} publishes its students in one table alone; rename one")
         students = dict(into.students)
         for name, student in study.students.items():
             if name not in students:
@@ -88,14 +98,14 @@ def _union(study: str, one: Mapping, other: Mapping) -> Mapping:
 
 def pipeline_mapping(study: Study, scope: Scope, folder: str, run: str) -> Mapping:
     """The study as a pipeline's YAML, with its run called ``run`` below ``folder``."""
-    training = scope.base["training"]
+    training, data = scope.base["training"], scope.base["data"]
     teachers = {name: {"training": training, **teacher} for name, teacher in study.teachers.items()}
     mapping: Mapping = {
         "name": run,
-        "storage": f"{folder}/data/{scope.source}{'-quick' if scope.quick else ''}-{NUMBERS}",
+        "storage": f"{folder}/data/{scope.source}{'-quick' if scope.quick else ''}-{NUMBERS}{_suffix(study.world)}",
         "runs": f"{folder}/runs",
-        "seeds": list(scope.seeds),
-        "data": scope.base["data"],
+        "seeds": list(study.seeds or scope.seeds),
+        "data": {**data, "source": {**data["source"], **study.world}},
         "schema": scope.base["schema"],
         "schedule": study.schedule,
         "teachers": teachers,
@@ -106,13 +116,18 @@ def pipeline_mapping(study: Study, scope: Scope, folder: str, run: str) -> Mappi
         },
         "students": study.students,
         "consideration_share": study.consideration_share,
-        "publish_students": False,
+        "publish_students": study.publish,
         "evaluation": {
             "replicates": scope.replicates,
             "consideration_share": 1.0 if study.consideration_share else 0.0,
         },
     }
     return mapping
+
+
+def _suffix(world: Mapping) -> str:
+    """Of the folder of a world's examples."""
+    return "-" + hashlib.sha256(json.dumps(world, sort_keys=True).encode()).hexdigest()[:8] if world else ""
 
 
 def study_config(study: Study, scope: Scope, folder: str, run: str) -> PipelineConfig:
@@ -135,6 +150,9 @@ def fingerprint(study: Study, scope: Scope, student: str, variant: str) -> str:
         for column in term.supervision(config.tasks_of(part))
     }
     read |= {column.partition("/")[0] for column in config.students[student].reference.values()}
+    for name in reversed(config.teacher_order()):  # each before those that it learns from
+        if name in read:
+            read |= set(config.teachers_read(config.teachers[name]))
     dump["teachers"] = {name: teacher for name, teacher in dump["teachers"].items() if name in read}
     for key in ("ray", "serving", "runs", "storage", "label_store", "name", "select"):
         dump.pop(key)

@@ -36,6 +36,8 @@ class Claim:
     metric: str
     sample: Sample | None
     """What is said to be better minus what is said to be worse; None where it could not be measured."""
+    margin: float | None = None
+    """Of a claim of equivalence: the difference lies between -margin and margin."""
 
     @property
     def sign(self) -> int:
@@ -51,20 +53,34 @@ class Judged:
     estimate: Estimate | None
     p: float
     verdict: Verdict
-    """``held``: the paper's sign, significant; ``not``: the other sign, significant; ``open``: neither."""
+    """``held``: the paper's sign, significant; ``not``: the other sign, significant; ``open``: neither. Of equivalence:
+    significantly within the margin, significantly outside, neither."""
 
 
 def judge(claims: list[Claim]) -> list[Judged]:
     """Holm-corrected verdicts on the claims of one table, or on those that it lists apart."""
-    adjusted = holm([math.nan if claim.sample is None else p_value(claim.sample) for claim in claims])
+    adjusted = holm([math.nan if claim.sample is None else _p(claim, claim.sample) for claim in claims])
     judged = []
     for claim, p in zip(claims, adjusted, strict=True):
         result = None if claim.sample is None else estimate(claim.sample)
         verdict: Verdict = "open"
         if result is not None and p < 1 - CONFIDENCE:
-            verdict = "held" if result.value * claim.sign > 0 else "not"
+            true = result.value * claim.sign > 0 if claim.margin is None else abs(result.value) < claim.margin
+            verdict = "held" if true else "not"
         judged.append(Judged(claim, result, p, verdict))
     return judged
+
+
+def _p(claim: Claim, sample: Sample) -> float:
+    """Two-sided p of the difference being 0; for equivalence, of its being the nearer end of the margin.
+
+    Below 1 - CONFIDENCE where the whole interval lies on one side of that end: within the margin (two one-sided tests,
+    Schuirmann 1987, at half that level), or outside.
+    """
+    if claim.margin is None:
+        return p_value(sample)
+    end = math.copysign(claim.margin, float(sample.points.mean()))
+    return p_value(Sample(sample.points - end, sample.replicates - end))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,3 +164,9 @@ class Contest:
         """The claim that variant ``one`` (of another ``student``, where it is named) is better than ``other``."""
         pair = (student or self.student, one), (self.student, other)
         return Claim(text, self.metric, self.comparison.difference(*pair, self.metric, self.task, self.kind))
+
+    def equivalent(self, text: str, one: str, other: str, margin: float) -> Claim:
+        """The claim that variant ``one``'s metric is within ``margin`` of ``other``'s, as a share of the latter."""
+        pair = (self.student, one), (self.student, other)
+        sample = self.comparison.relative_difference(*pair, self.metric, self.task, self.kind)
+        return Claim(text, f"{self.metric}, relative", sample, margin)

@@ -215,6 +215,9 @@ def test_what_the_paper_does_not_claim_is_judged_and_counted_apart(scope: Scope)
     assert [judged.p for judged in result.apart] == pytest.approx([9 * p] * 9)
     assert result.claims[0].p == pytest.approx(min(1.0, 54 * p))
 
+    def relative_difference(self, one: tuple[str, str], other: tuple[str, str], *of: str) -> Sample:
+        return sample(-0.0013)
+
 
 def test_a_mean_age_may_end_in_half_a_day(scope: Scope) -> None:
     days = dataclasses.replace(scope, periods=tuple(f"2024-01-{d:02}" for d in range(1, 15)))
@@ -251,7 +254,10 @@ def test_every_table_asks_for_studies_that_are_valid(name: str, quick: Scope, sc
 
 def test_all_tables_of_a_source_go_together(scope: Scope) -> None:
     studies = merge(study for name in TABLES for study in TABLES[name]().studies(scope))
-    assert len({study.name for study in studies}) == len(studies) <= 10
+    assert len({study.name for study in studies}) == len(studies)
+    # Ways to choose the rows of a batch, and worlds, have a study each.
+    shared = [study for study in studies if not study.name.startswith(("considerations-", "sweep-"))]
+    assert len(shared) <= 14
 
 
 def test_bad_names_are_refused() -> None:
