@@ -6,6 +6,7 @@ under way as it has cores.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,14 +23,15 @@ from rayfm.metrics import Comparison, Entry, MetricState
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.pipeline.here import run_here
 from rayfm.pipeline.plan import TEACHER_VARIANT
+from rayfm.pipeline.select import select, select_folder
 from rayfm.pipeline.session import ray_session
 from rayfm.pipeline.stream import Pipeline
 from rayfm.reproduce.scope import Scope
 from rayfm.reproduce.study import Study, fingerprint, study_config
-
-DONE = "trained.json"
 from rayfm.selection.result import FILE
 from rayfm.training.loop import PeriodRecord
+
+DONE = "trained.json"
 """Written into a run's folder when it is complete: what it trained, by fingerprint."""
 
 LOCK = ".reproduce.lock"
@@ -88,6 +90,25 @@ class Runner:
             with alone(self.folder / LOCK, "reproducing tables here", "--folder"), ray_session(configs[0].ray):
                 self._run(left, configs, watch)
         return time.perf_counter() - begin
+
+    def select(self, config: PipelineConfig, session: contextlib.ExitStack) -> tuple[dict[str, tuple[str, ...]], float]:
+        """(way -> features, seconds) of a pipeline's ``select`` section, run in this process unless it was before.
+
+        Args:
+            config: the pipeline.
+            session: is entered into a Ray where one is needed, for what is run after it to use.
+
+        Raises:
+            DataError: another process trains in the same folder.
+            RayfmError: as `rayfm.pipeline.select.select`.
+        """
+        if (select_folder(config) / FILE).exists():
+            return select(config, resume=True, here=True).selection.lists, 0.0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with alone(self.folder / LOCK, "reproducing tables here", "--folder"):
+            session.enter_context(ray_session(config.ray))
+            found = select(config, resume=True, here=True)
+        return found.selection.lists, found.seconds
 
     def _run(self, studies: list[Study], configs: list[PipelineConfig], watch: Watch | None) -> None:
         import ray
@@ -201,7 +222,7 @@ def _entry(folder: Path, model: str, variant: str, seed: int, period: str) -> En
 def _study_task(config: dict[str, Any]) -> tuple[str, str] | None:
     """Run one study in a Ray task; what went wrong comes back as (type, message), since Ray keeps neither."""
     try:
-        run_here(PipelineConfig.model_validate(config))
+        run_here(PipelineConfig.model_validate(config), check_exports=False)
     except RayfmError as error:
         return type(error).__name__, str(error)
     return None

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from rayfm.config import Registry
 from rayfm.metrics import LOWER_IS_BETTER, Comparison
 from rayfm.metrics.intervals import CONFIDENCE, Estimate, Sample, estimate, holm, p_value
+from rayfm.pipeline.config import PipelineConfig
 from rayfm.reproduce.runner import Runner
 from rayfm.reproduce.scope import Scope
 from rayfm.reproduce.study import Study
@@ -135,6 +136,12 @@ class Table:
     """The paper, the table's number, what it shows."""
     source: ClassVar[str] = "kuairand"
     """The source it runs on by default: KuaiRand where its columns allow, else the simulator."""
+    lists: dict[str, tuple[str, ...]]
+    """What the table's `selection` found, set before `studies`: way -> features."""
+
+    def selection(self, scope: Scope, folder: str) -> PipelineConfig | None:
+        """A pipeline whose ``select`` section is run first, below ``folder``, since the studies depend on it."""
+        return None
 
     def studies(self, scope: Scope) -> list[Study]:
         """What must be trained."""

@@ -60,7 +60,7 @@ def test_is_one_well_formed_file_that_loads_nothing(page: str, finished_run: Pat
     assert not re.search(r"url\((?!#)|@import|<script", page)
     assert parsed.seen.count("svg") == 3 + 3 + 4 + 4 + 1 + 1 + 1 + 2
     sections = [name for name in parsed.ids if re.fullmatch(r"s\d|config", name)]
-    assert len(sections) == len(set(sections)) == 8
+    assert len(sections) == len(set(sections)) == 9
     assert sorted(path.name for path in finished_run.iterdir()) == [
         "config.yaml",
         "metrics.jsonl",

@@ -27,6 +27,7 @@ from rayfm.reproduce.show import show
 from rayfm.reproduce.splits import exfm_slides, exfm_warmup, progressive
 from rayfm.reproduce.study import Study, fingerprint, merge, study_config
 from rayfm.reproduce.table import TABLES, Claim, Figure, Result, Row, Series, judge
+from rayfm.reproduce.tables import ukdsl
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,20 @@ def test_verdicts_by_hand() -> None:
     assert judge([weak] + [Claim("noise", "ne", sample(1e-5))] * 9)[0].verdict == "open", "one of ten is no finding"
 
 
+def test_equivalence_is_the_whole_interval_within_the_margin() -> None:
+    def verdict(difference: float, noise: float = 0.001) -> str:
+        return judge([Claim("the same", "ne, relative", sample(difference, noise), margin=0.005)])[0].verdict
+
+    assert verdict(0.0) == verdict(0.002) == verdict(-0.002) == "held"
+    assert verdict(0.0, noise=0.01) == "open", "no difference is seen, and none of 2 % either"
+    assert verdict(0.004) == verdict(-0.006) == "open", "the interval has the margin's end in it"
+    assert verdict(0.012) == verdict(-0.012) == "not", "better by more than the margin is no equivalence either"
+    # The p is that of the interval: held where it lies within.
+    for difference in (0.0025, 0.003, 0.0035):
+        (found,) = judge([Claim("the same", "ne, relative", sample(difference), margin=0.005)])
+        assert (found.verdict == "held") == (found.estimate.lo > -0.005 and found.estimate.hi < 0.005)
+
+
 def filled() -> Result:
     def value(x: float) -> Estimate:
         return Estimate(x, x - 0.0123, x + 0.0123, 3)
@@ -200,6 +215,9 @@ class FilledRunner:
     def difference(self, one: tuple[str, str], other: tuple[str, str], *of: str) -> Sample:
         return sample(-0.0013)
 
+    def relative_difference(self, one: tuple[str, str], other: tuple[str, str], *of: str) -> Sample:
+        return sample(-0.0013)
+
 
 def test_what_the_paper_does_not_claim_is_judged_and_counted_apart(scope: Scope) -> None:
     days = dataclasses.replace(scope, periods=tuple(f"2024-01-{d:02}" for d in range(1, 15)))
@@ -214,9 +232,6 @@ def test_what_the_paper_does_not_claim_is_judged_and_counted_apart(scope: Scope)
     p = judge([result.apart[0].claim])[0].p
     assert [judged.p for judged in result.apart] == pytest.approx([9 * p] * 9)
     assert result.claims[0].p == pytest.approx(min(1.0, 54 * p))
-
-    def relative_difference(self, one: tuple[str, str], other: tuple[str, str], *of: str) -> Sample:
-        return sample(-0.0013)
 
 
 def test_a_mean_age_may_end_in_half_a_day(scope: Scope) -> None:
@@ -240,6 +255,27 @@ def test_what_is_apart_is_shown_apart(tmp_path) -> None:
     assert page.index("Tested beside them") < page.index("chosen beside them")
     assert "1 of the paper&#39;s 2 signs held" in page
     assert "Tested beside them" not in write_tables([filled()], {}, tmp_path / "other.html").read_text()
+
+
+def test_cross_stage_is_judged_on_both_kinds_and_its_value_apart(scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    cascades = ("production", *ukdsl.CASCADES)
+    monkeypatch.setattr(ukdsl, "served_shares", lambda *of: {name: sample(0.4) for name in cascades})
+    result = TABLES["ukdsl-table1"]().fill(scope, FilledRunner())
+    assert [judged.claim.margin for judged in result.claims] == [None, None, ukdsl.EQUIVALENT] * 2
+    assert result.claims[2].verdict == "held"
+    assert [judged.claim.text for judged in result.apart] == [
+        f"value served: {name} distilled ahead of neither" for name in ("retrieval", "early", "both")
+    ]
+    assert [row.labels for row in result.rows[-5:]] == [
+        ("cascade", "logged", ""),
+        *(("cascade", name, "taught") for name in ("neither", "retrieval", "early", "both")),
+    ]
+    assert result.figure is not None
+    assert result.figure.ticks == cascades
+    published = TABLES["ukdsl-table1"]().studies(scope)[0]
+    assert published.publish
+    with pytest.raises(ConfigError, match="publishes its students in one table alone"):
+        merge([published, dataclasses.replace(published, publish=False)])
 
 
 @pytest.mark.parametrize("name", list(TABLES))
