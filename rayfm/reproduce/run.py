@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -63,13 +64,18 @@ def reproduce(
         scope = open_scope(each, None if each == SIMULATOR else data, seeds, quick)
         runner = Runner(scope, folder)
         wanted: dict[str, list[Study]] = {}
-        for name, table in members.items():
-            try:
-                wanted[name] = table.studies(scope)
-            except ConfigError as error:
-                if len(tables) == 1:
-                    raise
-                left_out[name] = str(error)
-        seconds += runner.run(merge(study for studies in wanted.values() for study in studies), watch)
+        with contextlib.ExitStack() as session:
+            for name, table in members.items():
+                try:
+                    selection = table.selection(scope, str(runner.folder))
+                    if selection is not None:
+                        table.lists, took = runner.select(selection, session)
+                        seconds += took
+                    wanted[name] = table.studies(scope)
+                except ConfigError as error:
+                    if len(tables) == 1:
+                        raise
+                    left_out[name] = str(error)
+            seconds += runner.run(merge(study for studies in wanted.values() for study in studies), watch)
         results |= {name: members[name].fill(scope, runner) for name in wanted}
     return Reproduced([results[name] for name in tables if name in results], left_out, seconds)
