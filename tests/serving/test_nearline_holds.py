@@ -142,3 +142,11 @@ def until(condition, seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("sweep_s", "hold_s"), [(2.0, 600.0), (60.0, 600.0), (300.0, 1200.0)])
+def test_a_hold_outlives_consumers_that_wait_for_a_machine(root, sweep_s, hold_s):
+    settings = config(root).model_copy(
+        update={"consumer": config(root).consumer.model_copy(update={"sweep_s": sweep_s})}
+    )
+    assert settings.hold_s == hold_s

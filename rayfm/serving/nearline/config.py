@@ -142,8 +142,9 @@ class NearLineOptions(Config):
 
     @property
     def hold_s(self) -> float:
-        """How long a snapshot stays after a process that held it for accepted rows died."""
-        return max(60.0, 4 * self.consumer.sweep_s)
+        """How long a snapshot stays after a process that held it for accepted rows died. Its successor may have to wait
+        for a machine, and a snapshot that is gone by then makes dead letters of rows that only had to wait."""
+        return max(600.0, 4 * self.consumer.sweep_s)
 
 
 class NearLineConfig(NearLineOptions):
