@@ -60,27 +60,28 @@ def select_and_show(config: PipelineConfig, resume: bool, overwrite: bool) -> No
 def print_selection(result: SelectResult) -> None:
     """The ranking, the lists and their files."""
     selection = result.selection
+    console.print(
+        "Change of the loss when a feature is shuffled, %: mean ± deviation.\n"
+        f"Measured on {', '.join(selection.withheld)}:",
+        highlight=False,
+    )
+    for kind, found in selection.measured.items():
+        console.print(f"  {found.rows:,} {kind}s in {found.batches} batches, loss {found.loss:.4f}", highlight=False)
     console.print(importance_table(selection))
     left_out = len(selection.candidates) - ROWS
     if left_out > 0:
         console.print(f"[dim]and {left_out} more in selection.csv[/dim]")
-    console.print(list_table(result))
+    console.print()
+    console.print(list_table(selection))
     console.print(f"{result.seconds:.0f} s. Figure: {_short(result.folder / FIGURE)}", soft_wrap=True)
-    if selection.lists["union"]:
-        console.print(
-            f"A model takes a list with [bold]features: {{include: {LISTS}/union.yaml}}[/bold]", highlight=False
-        )
+    console.print(f"Lists: {_short(result.folder / LISTS)}/<list>.yaml", soft_wrap=True)
+    console.print("A model takes one with [bold]features: {include: FILE}[/bold]", highlight=False)
 
 
 def importance_table(selection: Selection) -> Table:
     """Rank, loss change and deviation of each feature on both kinds; 80 columns wide."""
     kinds = selection.measured
-    title = (
-        f"loss change when a feature is shuffled, % of the loss: mean ± deviation over batches\n"
-        f"measured on {', '.join(selection.withheld)}: "
-        + ", ".join(f"{kind}s {found.batches} batches, loss {found.loss:.4f}" for kind, found in kinds.items())
-    )
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("feature", overflow="ellipsis", no_wrap=True, max_width=24)
     for kind in kinds:
         table.add_column("#", justify="right")
@@ -98,17 +99,16 @@ def importance_table(selection: Selection) -> Table:
     return table
 
 
-def list_table(result: SelectResult) -> Table:
-    """How many features each way takes, and where its list is."""
+def list_table(selection: Selection) -> Table:
+    """How many features each list has."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     table.add_column("list")
     table.add_column("features", justify="right")
-    table.add_column("file", overflow="fold")
-    for way, features in result.selection.lists.items():
-        what = WAYS.get(way, f"union of at most {result.selection.top_k}")
-        shown = _short(result.list_file(way)) if features else "-"
-        table.add_row(LETTERS.get(way, ""), what, str(len(features)), shown)
+    table.add_column("what it is")
+    for way, features in selection.lists.items():
+        what = WAYS.get(way, f"a union of at most {selection.top_k}")
+        table.add_row(LETTERS.get(way, ""), way, str(len(features)) if features else "none", what)
     return table
 
 

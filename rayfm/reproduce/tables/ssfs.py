@@ -56,7 +56,7 @@ class UKDSLTable2(Table):
                 f"ukdsl-table2: it needs considerations, which {scope.source} has not; run it on the simulator"
             )
         features = self._candidates(scope)
-        quick = {"batch_size": 256, "shuffles": 2, "sigmas": 0.0}
+        quick = {"shuffles": 2, "sigmas": 0.0, "threshold": 0.0}
         select: Mapping = {
             "teacher": TEACHER,
             # The student's architecture, with embeddings and layers of a quarter of their widths.
@@ -65,12 +65,15 @@ class UKDSLTable2(Table):
                 "embedding_dim": 4,
                 "hidden": [16] if scope.quick else [64, 32],
             },
+            "batch_size": 256,
             "top_k": len(features) // 4,
             **(quick if scope.quick else {}),
         }
         study = Study("selection", self._schedule(scope), *self._models(scope, {ALL: features}))
         mapping = pipeline_mapping(study, scope, folder, "ssfs") | {"select": select}
-        code = json.dumps([mapping | {"storage": "", "runs": ""}, __version__, numbers.NUMBERS], sort_keys=True)
+        # The students' seeds are those of the retrained ones: no other features are chosen for them.
+        chosen_by = mapping | {"storage": "", "runs": "", "seeds": [], "evaluation": {}}
+        code = json.dumps([chosen_by, __version__, numbers.NUMBERS], sort_keys=True)
         digest = hashlib.sha256(code.encode()).hexdigest()[:10]
         return validate(PipelineConfig, mapping | {"name": f"ssfs-{scope.source}-{digest}"}, "ukdsl-table2")
 
