@@ -96,10 +96,11 @@ class UKDSLSweep(Table):
                     claims.append(contest.better(f"{where}: ahead on considerations", "cross_stage", "none"))
                 text = f"{where}: NE on impressions within {EQUIVALENT:.1%} of none's"
                 claims.append(shown.equivalent(text, "cross_stage", "none", EQUIVALENT))
+        worlds = ", ".join(map(str, next(iter(self.levels(scope).values()))))
         notes = [
             "Calibration on considerations, against the next stage's logged prediction: undistilled, distilled; then "
             "the relative change of NE there and on impressions. The paper: 1.27, 1.12, -.0198, +.0001.",
-            f"{len(SEEDS)} worlds a level, one student each; ± is half the 95 % interval over users and worlds.",
+            f"Worlds of a level: seeds {worlds}, one student each; ± is half the 95 % interval over users and worlds.",
         ]
         series = [Series(stage, *_columns(points)) for stage, points in lines.items() if points]
         ends = sorted(x for points in lines.values() for x, _ in points)
