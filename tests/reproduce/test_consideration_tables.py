@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ from rich.console import Console
 from rayfm.config import ConfigError
 from rayfm.metrics import Entry, MetricState
 from rayfm.metrics.intervals import Estimate, Sample
+from rayfm.pipeline.config import PipelineConfig
+from rayfm.reproduce import runner as runner_module
 from rayfm.reproduce.parts import student
 from rayfm.reproduce.runner import Runner
 from rayfm.reproduce.scope import Scope, open_scope
@@ -133,6 +136,30 @@ def test_a_study_in_a_world_of_its_own(scope: Scope) -> None:
     assert len({fingerprint(study, scope, "fm", "none") for study in (here, there)}) == 2
     with pytest.raises(ConfigError, match="'one' is defined twice with different days, rows or seeds"):
         merge([here, there])
+
+
+def test_every_world_is_prepared_once(scope: Scope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class StopHereError(Exception):
+        pass
+
+    def remote(*of: object) -> None:
+        raise StopHereError
+
+    prepared: list[str] = []
+
+    def pipeline(config: PipelineConfig) -> SimpleNamespace:
+        return SimpleNamespace(config=config, specs=[], prepare=lambda: prepared.append(config.storage))
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(remote=remote))
+    monkeypatch.setattr(runner_module, "Pipeline", pipeline)
+    students = {"fm": student(scope, "fm", {"none": []})}
+    worlds = [{}, {"seed": 99}, {}, {"seed": 98}, {"seed": 99}]
+    studies = [Study(f"s{i}", {"warmup": 3}, students=students, world=w) for i, w in enumerate(worlds)]
+    configs = [study_config(study, scope, "x", "run") for study in studies]
+    with pytest.raises(StopHereError):
+        Runner(scope, tmp_path)._run(studies, configs, None)
+    assert sorted(prepared) == sorted({config.storage for config in configs})
+    assert len(prepared) == 3
 
 
 def test_worlds_stand_in_the_place_of_seeds(scope: Scope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
