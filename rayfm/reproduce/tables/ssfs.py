@@ -25,6 +25,10 @@ ALL = "all"
 
 KINDS = ("impression", "consideration")
 
+GROUP, BATCH_PER_LANE = "selected", 16
+"""The students' worker group, and its batch in rows a lane. With the tables' common batch, the simulator's warm-up days
+are fewer steps than a learning rate takes to rise, and what a model has not learned has no importance."""
+
 LABELS = {**WAYS, "union_of_size": "union of equal size", ALL: "all candidates"}
 
 BASE = "impressions_only"
@@ -69,7 +73,7 @@ class UKDSLTable2(Table):
             "top_k": len(features) // 4,
             **(quick if scope.quick else {}),
         }
-        study = Study("selection", self._schedule(scope), *self._models(scope, {ALL: features}))
+        study = self._study(scope, {ALL: features})
         mapping = pipeline_mapping(study, scope, folder, "ssfs") | {"select": select}
         # The students' seeds are those of the retrained ones: no other features are chosen for them.
         chosen_by = mapping | {"storage": "", "runs": "", "seeds": [], "evaluation": {}}
@@ -79,19 +83,21 @@ class UKDSLTable2(Table):
 
     def studies(self, scope: Scope) -> list[Study]:
         lists = {way: names for way, names in self.lists.items() if names} | {ALL: self._candidates(scope)}
-        models = self._models(scope, lists)
-        return [Study("selection", self._schedule(scope), *models, consideration_share=1.0)]
+        return [self._study(scope, lists)]
 
-    def _models(self, scope: Scope, lists: dict[str, tuple[str, ...]]) -> tuple[dict[str, Mapping], dict[str, Mapping]]:
-        """The teacher, and a student for each different list."""
+    def _study(self, scope: Scope, lists: dict[str, tuple[str, ...]]) -> Study:
+        """A teacher, and a student for each different list."""
+        batch = {"batch_size": BATCH_PER_LANE * scope.base["data"]["lanes"]}
         terms = [{"type": "direct", "teacher": TEACHER, "rows": "considerations"}]
         students = {}
         for names in lists.values():
             reference = {CLICK: f"truth/{CLICK}"}
-            wide = student(scope, "deepfm", {VARIANT: terms}, reference=reference)
+            wide = student(scope, "deepfm", {VARIANT: terms}, reference=reference, group=GROUP)
             wide["model"]["features"] = sorted(names)
             students[_student(names)] = wide
-        return {TEACHER: teacher(scope, "dcnv2", (CLICK,))}, students
+        teachers = {TEACHER: teacher(scope, "dcnv2", (CLICK,), training=scope.base["training"] | batch)}
+        schedule = self._schedule(scope)
+        return Study("selection", schedule, teachers, students, consideration_share=1.0, groups={GROUP: batch})
 
     def _candidates(self, scope: Scope) -> tuple[str, ...]:
         return tuple(feature["name"] for feature in scope.base["schema"]["features"])
