@@ -39,8 +39,7 @@ demo: install
 	@$(BIN)/rayfm run examples/demo.yaml --overwrite
 
 test: install
-	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --durations 25 --ignore tests/soak
-	@$(BIN)/python -m pytest -q tests/soak  # kills and measures recovery: the machine is its own meanwhile
+	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 25
 
 soak: install
 	@$(BIN)/python tests/soak/soak_main.py $(SOAK) --result docs/soak

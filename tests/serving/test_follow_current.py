@@ -92,11 +92,13 @@ def test_a_version_of_an_unknown_model_is_passed_over(tmp_path, url, service, ro
     assert score(service, rows)[0] == "v2"
 
 
-def test_a_request_that_began_before_a_swap_ends_with_its_version(tmp_path, url, service, rows, monkeypatch):
-    run = service._executor.submit
+@pytest.mark.parametrize("stage", ["_encoding", "_scoring"])
+def test_a_request_that_began_before_a_swap_ends_with_its_version(tmp_path, url, service, rows, monkeypatch, stage):
+    threads = getattr(service, stage)
+    run = threads.submit
 
     async def slow_submit():
-        monkeypatch.setattr(service._executor, "submit", lambda *a: run(lambda: (swap(), a[0](*a[1:]))[1]))
+        monkeypatch.setattr(threads, "submit", lambda *a: run(lambda: (swap(), a[0](*a[1:]))[1]))
         return await service.score(rows)
 
     def swap() -> None:

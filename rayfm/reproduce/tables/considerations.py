@@ -66,11 +66,9 @@ CHOICES = {
     "uniform_30": Choice("uniform .3", _uniform(0.3), quick=True),
     "uniform_100": Choice("uniform 1", _uniform(1.0)),
     # The rows that ranking scored and did not show: the only ones that have its prediction.
-    "by_stage": Choice(
-        "by stage", _budgeted("by_stage", shares={"retrieval": 0.0, "early": 0.0, "ranking": 1.0}), quick=True
-    ),
+    "by_stage": Choice("by stage", _budgeted("by_stage", shares={"retrieval": 0.0, "early": 0.0, "ranking": 1.0})),
     # Of early's ranks 21 to 40, and ranking's 4 to 20, the first nine and six; the last nine and six.
-    "near_cut": Choice("near cut", _budgeted("by_rank", bands=_bands(0, (29, 1, 0), (9, 1, 0))), quick=True),
+    "near_cut": Choice("near cut", _budgeted("by_rank", bands=_bands(0, (29, 1, 0), (9, 1, 0)))),
     "far": Choice("far", _budgeted("by_rank", bands=_bands(0, (31, 0, 1), (14, 0, 1)))),
     "importance": Choice("importance", _budgeted("importance", column="logged/early/click"), quick=True),
     "gap": Choice("by gap", _budgeted("importance", column="logged/early/click", minus="logged/retrieval/click")),
