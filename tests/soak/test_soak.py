@@ -15,6 +15,7 @@ def test_faults_follow_from_the_seed():
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)  # beside other tests; each recovery in it has a limit of its own
 def test_nothing_is_lost_or_doubled_through_twenty_faults(fresh_ray, tmp_path):
     result = soak(tmp_path, Plan())
     assert result["faults"]["injected"] == 20
