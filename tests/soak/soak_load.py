@@ -52,9 +52,13 @@ class Load(threading.Thread, abc.ABC):
     def once(self) -> None:
         """One request."""
 
+    def stop(self) -> None:
+        """Tell it to stop."""
+        self.stopping.set()
+
     def end(self) -> None:
         """Stop; what went wrong in the thread is raised here."""
-        self.stopping.set()
+        self.stop()
         self.join(60)
         if self.crash is not None:
             raise self.crash

@@ -120,6 +120,21 @@ def _faults(world: World, plan: Plan, say: Any) -> tuple[dict[str, Any], Poster,
     threads = (poster, *clients, *background)
     for thread in threads:
         thread.start()
+    try:
+        return _count(world, plan, say, poster, clients, background), poster, clients
+    except BaseException:
+        for thread in threads:  # what runs on would start a Ray of its own once this one is gone
+            thread.stop()
+        for thread in threads:
+            thread.join(60)
+        raise
+
+
+def _count(
+    world: World, plan: Plan, say: Any, poster: Poster, clients: list[Scorer], background: list[Background]
+) -> dict[str, Any]:
+    """Inject faults under the load that runs, then let it end; the faults in numbers."""
+    threads = (poster, *clients, *background)
     recovered: dict[str, list[float]] = collections.defaultdict(list)
     waiting: dict[str, threading.Thread] = {}
     """Kind -> who waits for its last fault's end: a kind has one fault at a time."""
@@ -163,7 +178,7 @@ def _faults(world: World, plan: Plan, say: Any) -> tuple[dict[str, Any], Poster,
         for kind, times in sorted(recovered.items())
     }
     injected = sum(len(times) for times in recovered.values())
-    return {"injected": injected, "drained_s": round(drained, 1), "back_after": back_after}, poster, clients
+    return {"injected": injected, "drained_s": round(drained, 1), "back_after": back_after}
 
 
 def _inject(

@@ -296,9 +296,13 @@ class Background(threading.Thread):
         except BaseException as error:
             self.crash = error
 
+    def stop(self) -> None:
+        """Tell it to stop."""
+        self._stop_it.set()
+
     def end(self) -> None:
         """Stop; what went wrong in the thread is raised here."""
-        self._stop_it.set()
+        self.stop()
         self.join(60)
         if self.crash is not None:
             raise self.crash
