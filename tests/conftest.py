@@ -17,7 +17,7 @@ TESTS = Path(__file__).resolve().parent
 os.environ.pop("RAY_ADDRESS", None)  # tests start a Ray of their own; somebody else's is not for them
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Ray makes its workers nicer than all else (15 of 19): beside tests that compute in their own process they would starve.
+# Ray makes its workers nicer than all else: beside tests that compute in their own process they would starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Sums of several threads differ in their last bits, and some tests compare bits; Ray gives its workers one too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -16,7 +16,7 @@ from rayfm.metrics.stages import stage_rows
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.pipeline.plan import teachers_of
 from rayfm.pipeline.tickets import Tickets
-from rayfm.training.loop import PeriodRecord
+from rayfm.training.period import PeriodRecord
 from rayfm.training.spec import TrainerSpec
 
 

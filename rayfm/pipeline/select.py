@@ -17,16 +17,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rayfm.config import ConfigError, DataError, nearest, validate
-from rayfm.config.durable import write_whole
 from rayfm.data.prepare import missing_periods
 from rayfm.data.sources.base import SOURCES
 from rayfm.models.base import MODELS, ModelConfig
@@ -36,6 +32,7 @@ from rayfm.pipeline.here import run_here
 from rayfm.pipeline.plan import choose_periods
 from rayfm.pipeline.session import ray_session
 from rayfm.pipeline.stream import Pipeline, Watch
+from rayfm.pipeline.take_up import take_up, write_down
 from rayfm.schema import Kind
 from rayfm.selection.config import SelectConfig
 from rayfm.selection.job import score_here, score_on_ray, unscored
@@ -290,22 +287,10 @@ class SelectJob:
             ConfigError: it stands and neither ``resume`` nor ``overwrite`` is asked for, or it is another selection's.
         """
         saved, mine = self.folder / "select.yaml", self._described()
-        if saved.exists() and overwrite:
-            shutil.rmtree(self.folder)
-        elif saved.exists():
-            if not resume:
-                raise ConfigError(f"{self.folder} holds a selection; --resume goes on with it, --overwrite starts anew")
-            before = yaml.safe_load(saved.read_text())
-            different = [key for key in mine if before.get(key) != mine[key]]
-            if different:
-                raise ConfigError(
-                    f"{saved}: {different[0]!r} differs from the selection asked for; resume with the same config, or "
-                    "--overwrite"
-                )
+        if take_up(saved, mine, "selection", "the same config", resume=resume, overwrite=overwrite):
             return (self.folder / FILE).exists()
         check_folder(self.folder)
-        text = yaml.safe_dump(mine, sort_keys=False, width=120).encode()
-        write_whole(saved, lambda file: file.write(text))
+        write_down(saved, mine)
         return False
 
     def _described(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ from rayfm.snapshots.collect import Collector
 from rayfm.snapshots.keeper import LeaseKeeper
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata import SQLiteMetadataStore, open_metadata
-from rayfm.training.loop import PeriodRecord
+from rayfm.training.period import PeriodRecord
 from rayfm.training.progress import progress_file
 from rayfm.training.spec import TrainerSpec
 from rayfm.training.trainer import fit

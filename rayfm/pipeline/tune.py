@@ -24,6 +24,7 @@ from rayfm.pipeline.config import PipelineConfig, load_config
 from rayfm.pipeline.plan import group_labels
 from rayfm.pipeline.session import cluster_resources, ray_session
 from rayfm.pipeline.stream import Pipeline
+from rayfm.pipeline.take_up import take_up, write_down
 from rayfm.pipeline.tickets import TrainerTickets
 from rayfm.pipeline.trial import (
     Target,
@@ -150,22 +151,11 @@ class Study:
         Raises:
             ConfigError: it stands and neither ``resume`` nor ``overwrite`` is asked for, or it is another search's.
         """
-        saved = self.folder / "search.yaml"
-        mine = self._described()
-        if saved.exists() and overwrite:
-            shutil.rmtree(self.folder)
-        elif saved.exists():
-            if not resume:
-                raise ConfigError(f"{self.folder} holds a search; --resume goes on with it, --overwrite starts anew")
-            before = yaml.safe_load(saved.read_text())
-            different = [key for key in mine if before.get(key) != mine[key]]
-            if different:
-                raise ConfigError(
-                    f"{saved}: {different[0]!r} differs from the search asked for; resume with the same config and "
-                    "options (only --trials and --concurrent may change), or --overwrite"
-                )
+        saved, mine = self.folder / "search.yaml", self._described()
+        hint = "the same config and options (only --trials and --concurrent may change)"
+        take_up(saved, mine, "search", hint, resume=resume, overwrite=overwrite)
         self.trials.mkdir(parents=True, exist_ok=True)
-        saved.write_text(yaml.safe_dump(mine, sort_keys=False, width=120))
+        write_down(saved, mine)
 
     def _described(self) -> dict[str, Any]:
         """What must not change when a search resumes."""

@@ -29,7 +29,7 @@ from rayfm.pipeline.stream import Pipeline
 from rayfm.reproduce.scope import Scope
 from rayfm.reproduce.study import Study, fingerprint, study_config
 from rayfm.selection.result import FILE
-from rayfm.training.loop import PeriodRecord
+from rayfm.training.period import PeriodRecord
 
 DONE = "trained.json"
 """Written into a run's folder when it is complete: what it trained, by fingerprint."""

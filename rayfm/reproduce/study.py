@@ -12,7 +12,7 @@ from rayfm.config import ConfigError, validate
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.reproduce.scope import Mapping, Scope
 
-NUMBERS = 1
+NUMBERS = 2
 """Raise it with every change of the code that changes a number of a table: of a source, model, objective, trainer or
 metric. What was prepared and trained before is not found any more then."""
 

@@ -112,17 +112,18 @@ def write_selection(selection: Selection, folder: Path) -> None:
     """
     from rayfm.selection.figure import draw
 
-    table = csv_table(selection).encode()
-    write_whole(folder / TABLE, lambda file: file.write(table))
+    _write_text(folder / TABLE, csv_table(selection))
     draw(selection, folder / FIGURE)
     for way, features in selection.lists.items():
         path = folder / LISTS / f"{way}.yaml"
         path.unlink(missing_ok=True)
         if features:
-            text = feature_list(selection, way).encode()
-            write_whole(path, lambda file, text=text: file.write(text))  # type: ignore[misc]
-    whole = selection.model_dump_json(indent=1).encode()
-    write_whole(folder / FILE, lambda file: file.write(whole))
+            _write_text(path, feature_list(selection, way))
+    _write_text(folder / FILE, selection.model_dump_json(indent=1))
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def read_selection(folder: Path) -> Selection:

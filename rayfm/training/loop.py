@@ -6,15 +6,14 @@ Runs the same in a Ray Train worker and in a plain process; every rank walks thr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from rayfm.config import Config, DataError, nearest
+from rayfm.config import DataError, nearest
 from rayfm.data.batch import CONSIDERATION, IMPRESSION, Batch
 from rayfm.data.encode import Encoder
 from rayfm.data.reader import ArrowReader, RayDataReader, Reader
@@ -35,40 +34,13 @@ from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, worl
 from rayfm.training.export_check import CHECKED_ROWS, check_draft, first_step, trained_rows
 from rayfm.training.learner import Learner
 from rayfm.training.lost_labels import lose_labels
+from rayfm.training.period import PeriodParts, PeriodRecord
 from rayfm.training.ranks import sum_over_ranks
 from rayfm.training.spec import Coordinator, LabelSource, PinnedLabels, TrainerSpec
 
 AnswerT = TypeVar("AnswerT")
 
 PROGRESS_EVERY_S = 0.5
-
-
-class PeriodParts:
-    """Seconds of a period by part, for the picture of where time goes."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(part, time.perf_counter() - started)
-
-    def add(self, part: str, seconds: float) -> None:
-        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
-
-    def iterate(self, batches: Iterator[Batch], part: str = "read") -> Iterator[Batch]:
-        """``batches``, with the time that each took to arrive."""
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            self.add(part, time.perf_counter() - started)
-            if batch is None:
-                return
-            yield batch
 
 
 class TrainingLoop:
@@ -499,22 +471,3 @@ def _add_shown(calibration: Calibration, learner: Learner, batch: Batch, logits:
     shown = batch.kind == IMPRESSION
     own = learner.own_rows(batch)
     calibration.add(batch, logits, shown if own is None else shown & own, seen)
-
-
-class PeriodRecord(Config):
-    """What a trainer says of a period it finished."""
-
-    trainer: str
-    period: str
-    examples: int
-    """Rows that were trained on, over all ranks."""
-    cpu_seconds: float = 0.0
-    """CPU time of rank 0's process in training, all its threads, prediction left out. After a restart in the middle of
-    the period: since then."""
-    seconds: float
-    parts: dict[str, float]
-    losses: dict[str, float]
-    calibration: dict[str, Fits] = {}
-    """Learner -> task -> slope and shift as of this period: fitted on its predictions, or before where it has no fit.
-    Its snapshot holds them, where the period was trained on, with ``logit_shift`` added to the shift."""
-    versions: dict[str, str]

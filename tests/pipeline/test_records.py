@@ -14,7 +14,7 @@ from rayfm.pipeline.plan import student_specs, teacher_spec
 from rayfm.pipeline.records import RunRecords
 from rayfm.pipeline.tickets import Tickets, metadata_path
 from rayfm.snapshots import SQLiteMetadataStore
-from rayfm.training.loop import PeriodRecord
+from rayfm.training.period import PeriodRecord
 
 ROWS = 200
 
