@@ -9,9 +9,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from example_store import every_feature_schema
 
 from rayfm.distill.base import OBJECTIVES
@@ -161,7 +161,7 @@ def train_on(spec: TrainerSpec, world: int) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (world, port, spec), nprocs=world)
+    processes.start(_rank, (world, port, spec), world)
 
 
 def losses(spec: TrainerSpec) -> dict[tuple[str, str], float]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
+import processes
+
 import rayfm.augment.join as module
 from rayfm.augment.config import load_augment
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["rayfm.augment.join"])  # libraries are imported once, not by every process
 
 
 def _deadly(function: Any, calls: list[int], kill_at: int) -> Any:
@@ -41,7 +39,7 @@ def run_join(config: str, kill_at: int) -> None:
 
 def join_until_killed(config: Path, kill_at: int = 0, kill_after_s: float | None = None) -> int:
     """The process's exit code: 0 if it came to its end, -9 if it was killed."""
-    process = CONTEXT.Process(target=run_join, args=(str(config), kill_at))
+    process = processes.context().Process(target=run_join, args=(str(config), kill_at))
     process.start()
     process.join(kill_after_s)
     if kill_after_s is not None and process.is_alive():

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from feedback_streams import STREAMS, TASKS, join_config, random_streams
-from killed_join import CONTEXT, join_until_killed
+from killed_join import join_until_killed
 
 from rayfm.config import write_yaml
 
@@ -76,7 +77,7 @@ def config_file(folder: Path, logs: Path, emit: str) -> Path:
 def test_a_join_that_is_killed_again_and_again_ends_as_an_unbroken_one(tmp_path, seed, emit):
     write_logs(tmp_path, seed)
     unbroken, broken = (config_file(tmp_path / name, tmp_path, emit) for name in ("unbroken", "broken"))
-    ready = CONTEXT.Process(target=int)  # the first process waits for the libraries' import
+    ready = processes.context().Process(target=int)  # the first process waits for the libraries' import
     ready.start()
     ready.join()
     begin = time.perf_counter()

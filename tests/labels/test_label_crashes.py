@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -11,14 +9,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from stored_lanes import LANES, PERIOD, ROWS, all_lanes, check_complete, write
 
 from rayfm.labels import LabelLookup, LabelStore, Retention, compact, delta, expire
 from rayfm.snapshots import SQLiteMetadataStore
 
-# A clean process that has imported all of this, and started no threads: its children start in milliseconds.
-CHILDREN = multiprocessing.get_context("forkserver")
 VERSIONS = [f"2022-04-2{day}-{day}" for day in (1, 2, 3)]
 KEPT = VERSIONS[1:]
 
@@ -64,22 +61,13 @@ def check_readable(root: Path) -> dict[str, set[tuple[str, int]]]:
     return held
 
 
-@pytest.fixture(scope="module", autouse=True)
-def children_that_start_fast():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-        CHILDREN.set_forkserver_preload(["test_label_crashes"])
-        multiprocessing.forkserver.ensure_running()
-        yield
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_a_writer_killed_again_and_again_leaves_a_whole_store(tmp_path, seed):
     rng, before, killed = random.Random(1000 + seed), {version: set() for version in VERSIONS}, 0
     open_store(tmp_path)
     for _ in range(6):
-        progress = CHILDREN.Value("i", 0)
-        child = CHILDREN.Process(target=work, args=(tmp_path, rng.randrange(10**6), progress))
+        progress = processes.context().Value("i", 0)
+        child = processes.context().Process(target=work, args=(tmp_path, rng.randrange(10**6), progress))
         child.start()
         deadline, wanted = time.monotonic() + 60, rng.randint(1, 8)
         while progress.value < wanted and child.is_alive() and time.monotonic() < deadline:

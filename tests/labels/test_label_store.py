@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import pickle
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
@@ -22,8 +22,6 @@ from rayfm.labels import LabelLookup, LabelStore, Retention, expire, pins
 from rayfm.labels.pins import floor, settle_floor, take
 from rayfm.schema import Task
 from rayfm.snapshots import LeaseLost, SQLiteMetadataStore, open_metadata
-
-SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture
@@ -78,8 +76,10 @@ def race(root: Path, version: str, start, results) -> None:
 
 
 def test_two_jobs_racing_commit_each_lane_once(tmp_path):
-    start, results = SPAWN.Barrier(2), SPAWN.Queue()
-    racers = [SPAWN.Process(target=race, args=(tmp_path, "2022-04-25-aa", start, results)) for _ in range(2)]
+    start, results = processes.context().Barrier(2), processes.context().Queue()
+    racers = [
+        processes.context().Process(target=race, args=(tmp_path, "2022-04-25-aa", start, results)) for _ in range(2)
+    ]
     for racer in racers:
         racer.start()
     added = [results.get(timeout=120) for _ in racers]

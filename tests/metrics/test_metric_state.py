@@ -7,6 +7,7 @@ import datetime
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
@@ -304,7 +305,7 @@ def _reduce(rank: int, folder: str) -> None:
 
 
 def test_two_processes_reduce_to_the_whole(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_reduce, args=(str(tmp_path),), nprocs=2)
+    processes.start(_reduce, (str(tmp_path),), 2)
     rows, whole = draw(2000), small_state()
     whole.update("click", 0, *rows.part(slice(None)))
     whole.update("watch", 0, *rows.part(slice(0, None, 2)))

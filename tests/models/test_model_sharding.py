@@ -4,6 +4,7 @@ import logging
 import warnings
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -108,7 +109,7 @@ def _compare(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.parametrize("world", [2])
 def test_sharded_models_equal_unsharded_ones(tmp_path: Path, world: int) -> None:
-    torch.multiprocessing.spawn(_compare, (world, str(tmp_path)), nprocs=world)
+    processes.start(_compare, (world, str(tmp_path)), world)
     for rank in range(world):
         lines = (tmp_path / f"rank{rank}").read_text().splitlines()
         assert len(lines) == (len(SIZES) + 2 * len(EVERY_WAY)) * len(ROWS)

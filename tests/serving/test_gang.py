@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from example_store import every_feature_rows
 from served_models import CONFIG, SCHEMA, publish_model
 
@@ -102,7 +102,7 @@ def test_members_answer_as_one_model_and_hold_their_slices_alone(root: Path, tmp
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_member, (2, port, root, tmp_path), nprocs=2)
+    processes.start(_member, (2, port, root, tmp_path), 2)
     found = [pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in range(2)]
     rows = every_feature_rows(101, seed=3)
     for version in ("v1", "v2"):

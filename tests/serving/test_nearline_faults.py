@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
-import sys
-from multiprocessing import forkserver
 
 import nearline_work
-import pytest
+import processes
 from nearline_cases import TEACHER, V1, config, publish_teacher, rows
 
 from rayfm.serving.nearline.labels import NearLineLabels
@@ -22,28 +18,16 @@ STEPS = 16
 theirs; the first batch the table's making as well."""
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that start with everything imported. The server that they are forked from gets the path through the
-    environment: what multiprocessing hands it is ignored before Python 3.13."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nearline_work"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
-    return context
-
-
-def run(processes, target, *arguments) -> int:
+def run(target, *arguments) -> int:
     """A process's exit code."""
-    process = processes.Process(target=target, args=arguments)
+    process = processes.context().Process(target=target, args=arguments)
     process.start()
     process.join(120)
     assert process.exitcode is not None
     return process.exitcode
 
 
-def test_a_consumer_killed_at_every_step_labels_each_row_once(tmp_path, processes):
+def test_a_consumer_killed_at_every_step_labels_each_row_once(tmp_path):
     publish_teacher(tmp_path, V1)
     settings = config(tmp_path)
     spool = Spool(tmp_path, TEACHER)
@@ -55,11 +39,11 @@ def test_a_consumer_killed_at_every_step_labels_each_row_once(tmp_path, processe
             table = rows(3, 100 * step + 10 * number)
             ticket = spool.accept(check_post(table, TEACHER, version).good, V1)
             accepted[ticket] = table["example_id"].to_pylist()
-        code = run(processes, nearline_work.label_all, settings.dump(), step, step % 2 == 0)
+        code = run(nearline_work.label_all, settings.dump(), step, step % 2 == 0)
         assert code in (0, -signal.SIGKILL)
         killed += code != 0
     assert killed >= STEPS / 2
-    assert run(processes, nearline_work.label_all, settings.dump(), 0, False) == 0
+    assert run(nearline_work.label_all, settings.dump(), 0, False) == 0
     stored = NearLineLabels(tmp_path).rows(TEACHER)
     found = list(zip(stored["ticket"].to_pylist(), stored["example_id"].to_pylist(), strict=True))
     assert sorted(found) == sorted((ticket, row) for ticket, ids in accepted.items() for row in ids)
@@ -68,12 +52,12 @@ def test_a_consumer_killed_at_every_step_labels_each_row_once(tmp_path, processe
     assert spool.dead_letters() == []
 
 
-def test_an_intake_killed_at_every_step_keeps_what_it_told(tmp_path, processes):
+def test_an_intake_killed_at_every_step_keeps_what_it_told(tmp_path):
     settings = config(tmp_path)
     told = tmp_path / "told"
     # Rejects and rows: a file and its folder each, for three posts.
     for step in range(1, 13):
-        code = run(processes, nearline_work.accept_some, settings.dump(), step, step % 2 == 0, str(told))
+        code = run(nearline_work.accept_some, settings.dump(), step, step % 2 == 0, str(told))
         assert code == -signal.SIGKILL
     spool = Spool(tmp_path, TEACHER)
     tickets = told.read_text().split()

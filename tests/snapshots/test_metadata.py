@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import signal
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import processes
 import pytest
 
 from rayfm.config import ConfigError, SnapshotError
@@ -25,8 +25,6 @@ from rayfm.snapshots.metadata import (
     read_fenced,
     write_fenced,
 )
-
-SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture
@@ -148,7 +146,7 @@ def take(store: MetadataStore, owner: str, start, results) -> None:
 
 def test_processes_racing_lose_no_update(store):
     store.compare_and_set("counter", b"0", None)
-    racers = [SPAWN.Process(target=count_up, args=(store, 40)) for _ in range(3)]
+    racers = [processes.context().Process(target=count_up, args=(store, 40)) for _ in range(3)]
     for racer in racers:
         racer.start()
     count_up(store, 40)
@@ -159,8 +157,8 @@ def test_processes_racing_lose_no_update(store):
 
 
 def test_of_processes_racing_for_a_lease_one_gets_it(store):
-    start, results = SPAWN.Event(), SPAWN.Queue()
-    racers = [SPAWN.Process(target=take, args=(store, f"p{i}", start, results)) for i in range(3)]
+    start, results = processes.context().Event(), processes.context().Queue()
+    racers = [processes.context().Process(target=take, args=(store, f"p{i}", start, results)) for i in range(3)]
     for racer in racers:
         racer.start()
     start.set()
@@ -177,7 +175,7 @@ def hold_and_die(store: MetadataStore) -> None:
 
 
 def test_what_a_killed_process_wrote_stands_and_its_lease_expires(store):
-    killed = SPAWN.Process(target=hold_and_die, args=(store,))
+    killed = processes.context().Process(target=hold_and_die, args=(store,))
     killed.start()
     killed.join(60)
     assert killed.exitcode == -signal.SIGKILL
@@ -208,8 +206,8 @@ def hold_paused(store: MetadataStore, pipe) -> None:
 
 def test_a_paused_holder_of_an_expired_lease_is_refused(store):
     store.compare_and_set("plain", b"before", None)
-    here, there = SPAWN.Pipe()
-    paused = SPAWN.Process(target=hold_paused, args=(store, there))
+    here, there = processes.context().Pipe()
+    paused = processes.context().Process(target=hold_paused, args=(store, there))
     paused.start()
     lease = here.recv()
     os.kill(paused.pid, signal.SIGSTOP)  # as a machine that swaps, or a virtual one that is moved

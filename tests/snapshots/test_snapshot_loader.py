@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 import threading
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -28,8 +28,6 @@ from rayfm.snapshots import (
 from rayfm.snapshots.collect import JOB, REPLICA
 from rayfm.snapshots.keeper import LeaseKeeper
 from rayfm.snapshots.publish import publish
-
-SPAWN = multiprocessing.get_context("spawn")
 
 
 def publish_version(root: Path, version: str) -> None:
@@ -256,7 +254,7 @@ def load_and_die(root: Path, url: str) -> None:
 
 def test_a_loader_that_dies_half_way_leaves_nothing_behind(tmp_path, collector, updater, replica, url):
     release(tmp_path, updater, "v1")
-    dying = SPAWN.Process(target=load_and_die, args=(tmp_path, url))
+    dying = processes.context().Process(target=load_and_die, args=(tmp_path, url))
     dying.start()
     dying.join(60)
     assert dying.exitcode == -signal.SIGKILL

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import training_runs as runs
@@ -159,7 +159,7 @@ def _train_and_die(spec, after: int) -> None:
 def test_a_killed_training_goes_on_to_the_same_end(store: Path, tmp_path: Path, whole, after: int) -> None:
     unbroken, _ = whole
     spec = unbroken.model_copy(update={"run_dir": str(tmp_path)})
-    process = multiprocessing.get_context("spawn").Process(target=_train_and_die, args=(spec, after))
+    process = processes.context().Process(target=_train_and_die, args=(spec, after))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
-import torch.multiprocessing
 import training_runs as runs
 from example_store import write_store
 
@@ -192,7 +192,7 @@ def train_on_two(spec) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (2, port, spec), nprocs=2)
+    processes.start(_rank, (2, port, spec), 2)
 
 
 # --- what is refused
