@@ -16,6 +16,7 @@ import servers
 TESTS = Path(__file__).resolve().parent
 os.environ.pop("RAY_ADDRESS", None)  # tests start a Ray of their own; somebody else's is not for them
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray makes its workers nicer than all else: beside tests that compute in their own process they would starve.
 os.environ.setdefault("RAY_worker_niceness", "0")

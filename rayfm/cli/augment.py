@@ -77,7 +77,7 @@ def augment(
 
 
 def _score(loaded: Any, console: Any) -> None:
-    from rayfm.config.quiet import quiet_libraries
+    from rayfm.quiet import quiet_libraries
 
     quiet_libraries()
     from rayfm.augment.labelling import label_windows

@@ -41,7 +41,7 @@ Periods = Annotated[list[str] | None, typer.Option("--period", help="Only this p
 
 
 def _load(path: Path, overrides: list[str] | None, data: str | None) -> Any:
-    from rayfm.config.quiet import quiet_libraries
+    from rayfm.quiet import quiet_libraries
 
     quiet_libraries()
     from rayfm.pipeline.config import load_config
@@ -168,7 +168,7 @@ def tune(
 ) -> None:
     """Search config keys on Ray Tune, scored on the warm-up periods alone."""
     from rayfm.cli.display import console, ended_trial, print_search
-    from rayfm.config.quiet import quiet_libraries
+    from rayfm.quiet import quiet_libraries
 
     quiet_libraries()
     from rayfm.pipeline.tune import load_search
@@ -220,7 +220,7 @@ def list_(
     """List the models, objectives and sources that a config can name, and the tables of `rayfm reproduce`."""
     if config is not None or what == "models":
         from rayfm.config import ConfigError
-        from rayfm.config.quiet import quiet_libraries
+        from rayfm.quiet import quiet_libraries
 
         if what not in ("all", "models"):
             raise ConfigError(f"--config counts a pipeline's models; leave out {what!r}")

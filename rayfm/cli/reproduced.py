@@ -9,7 +9,7 @@ from rich.progress import Progress as Bars
 
 from rayfm.cli.display import console
 from rayfm.config import ConfigError
-from rayfm.config.quiet import quiet_libraries
+from rayfm.quiet import quiet_libraries
 
 
 def reproduce_and_show(

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from rayfm.config import CapacityError
-from rayfm.config.quiet import QUIET_ENVIRONMENT, quiet_libraries
 from rayfm.pipeline.config import RayConfig
+from rayfm.quiet import QUIET_ENVIRONMENT, quiet_libraries
 
 
 @contextlib.contextmanager
@@ -31,12 +31,14 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     common: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",
-        "runtime_env": {"env_vars": QUIET_ENVIRONMENT, "worker_process_setup_hook": "rayfm.config.quiet.quiet_worker"},
+        "runtime_env": {"env_vars": QUIET_ENVIRONMENT, "worker_process_setup_hook": "rayfm.quiet.quiet_worker"},
     }
     try:
         if address:
             ray.init(address=address, **common)
         else:
+            # Watches for nodes that are about to be taken away, in a process per trainer; ours is this machine alone.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             # "local": without it Ray joins whatever `ray start` last left on this machine, be it alive or long gone.
             ray.init(
                 address="local",

@@ -1,154 +1,19 @@
-"""``ray job submit`` of the main job, to a real head whose job server asks for a token."""
+"""``ray job submit`` of the main job: what is refused. A job that runs to its end is in `test_run`."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
-from small_pipeline import PERIODS, write_config
-
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "stream.py"
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-MARK = "RAYFM_TEST_HEAD"
-"""In the environment of the head, and so of everything that it starts."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """A running head."""
-
-    address: str
-    """Of the job server."""
-    environment: dict[str, str]
-    """With the right token."""
-
-    def submit(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """``ray job submit`` of jobs/stream.py, until the job ends."""
-        command = [*RAY, "job", "submit", "--address", self.address, "--", sys.executable, str(JOB), *arguments]
-        return subprocess.run(
-            command, env=self.environment | environment, capture_output=True, text=True, timeout=400, check=False
-        )
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
-def listens(port: int) -> bool:
-    """Whether somebody answers at a port, on loopback or on the node's own address."""
-    return any(found.laddr.port == port for found in psutil.net_connections("tcp") if found.status == "LISTEN")
-
-
-def marked(value: str) -> list[psutil.Process]:
-    """Live processes with the mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == value and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
-def write_token(path: Path) -> Path:
-    path.write_text(secrets.token_hex(32))
-    path.chmod(0o600)
-    return path
-
-
-def end(head: subprocess.Popen[bytes], mark: str) -> None:
-    """End the head's process group, and whatever of its children has left the group."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(head.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(5)
-    _, alive = psutil.wait_procs(marked(mark), timeout=10)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=10)
+from ray_head import Head, running_head, write_token
+from small_pipeline import write_config
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """``ray start --head`` with token authentication; ended with all that it started."""
-    mark = secrets.token_hex(8)
-    token = write_token(tmp_path_factory.mktemp("token") / "token")
-    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-    environment |= {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    port, dashboard, agent, client = free_ports(4)
-    # Short, as the path of a Unix socket has 107 characters; and not /tmp/ray, where other Rays look for a cluster.
-    folder = tempfile.mkdtemp(prefix="rayfm", dir="/tmp")
-    options = {
-        "--port": port,
-        "--dashboard-port": dashboard,
-        "--dashboard-agent-listen-port": agent,
-        "--ray-client-server-port": client,
-        "--min-worker-port": 0,
-        "--max-worker-port": 0,
-        "--num-cpus": 3,
-        "--object-store-memory": 200 * 2**20,
-        "--temp-dir": folder,
-    }
-    log = Path(folder) / "head.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*RAY, "start", "--head", "--block", *(f"{name}={value}" for name, value in options.items())],
-            env=environment | {MARK: mark},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while not (listens(dashboard) and listens(agent)):  # the agent, which runs jobs, comes last
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        started = {child.name() for child in marked(mark)}
-        assert {"raylet", "gcs_server"} <= started, f"the mark finds only {started}"
-        yield Head(f"http://127.0.0.1:{dashboard}", environment)
-    finally:
-        end(process, mark)
-        left = marked(mark)
-        shutil.rmtree(folder, ignore_errors=True)
-    assert not left, f"the head left {left}"
-
-
-@pytest.mark.timeout(500)
-def test_a_submitted_job_runs_to_its_report(head: Head, tmp_path: Path) -> None:
-    config = write_config(tmp_path)
-    result = head.submit(str(config), "seeds=[3]")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "succeeded" in result.stdout
-    assert f"students: {len(PERIODS)} of {len(PERIODS)} periods" in result.stdout
-    run_dir = tmp_path / "runs" / "small"
-    assert f"{run_dir / 'report.html'}" in result.stdout
-    assert (run_dir / "summary.json").stat().st_size > 0
-    assert (run_dir / "snapshots" / "vm.direct.3").is_dir(), "overrides after the config reach the job"
+    with running_head(tmp_path_factory.mktemp("token")) as running:
+        yield running
 
 
 @pytest.mark.timeout(300)

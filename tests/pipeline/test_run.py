@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray_head import running_head
 from run_config import small_pipeline, write_config
+from typer.testing import CliRunner
 
-from rayfm.config import CapacityError, RayfmError
+from rayfm.cli.main import app
+from rayfm.config import CapacityError, ConfigError, RayfmError
 from rayfm.pipeline.config import load_config
-from rayfm.pipeline.stream import Pipeline
+from rayfm.pipeline.stream import Pipeline, run
 from rayfm.snapshots.load import SnapshotStore
 
 RAYFM = [sys.executable, "-m", "rayfm.cli.main"]
@@ -109,29 +112,29 @@ def test_what_a_run_published_is_intact_and_listed(unbroken: tuple[Path, str]) -
         kept = 4 if model.startswith("teacher") else 3
         assert len(store.versions(model)) == kept, "superseded versions of students are collected"
         store.verify(model, store.latest(model))
-    listed = rayfm("labels", "list", str(run_dir))
-    assert listed.returncode == 0
+    listed = CliRunner().invoke(app, ["labels", "list", str(run_dir)])
+    assert listed.exit_code == 0
     assert "2025-01-04" in listed.stdout
 
 
-def test_a_run_is_not_overwritten_by_accident(unbroken: tuple[Path, str]) -> None:
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_is_not_overwritten_by_accident(unbroken: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = unbroken
-    result = rayfm("run", str(folder / "small.yaml"), cwd=folder)
-    assert result.returncode == 1
-    assert "--resume" in result.stderr
-    assert "--overwrite" in result.stderr
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match=r"--resume .*--overwrite"):
+        run(load_config("small.yaml"))
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(700)
 @pytest.mark.usefixtures("unbroken")
-def test_a_killed_run_resumes_to_the_same_metrics(unbroken: tuple[Path, str], tmp_path: Path) -> None:
-    """SIGKILL of the whole job once the students are in their second period; the same metrics at the end."""
+def test_a_killed_run_submitted_as_a_job_ends_with_the_same_metrics(unbroken: tuple[Path, str], tmp_path: Path) -> None:
+    """SIGKILL of the whole run once the students are in their second period; a cluster's job takes it up."""
     folder, _ = unbroken
-    config = small_pipeline(tmp_path)
-    path = write_config(tmp_path, config)
+    path = write_config(tmp_path, small_pipeline(tmp_path, seeds=[9]))
+    seeds = "seeds=[1]"  # of the run that was not broken: where they do not reach the job, it refuses to go on
     run_dir = tmp_path / "runs" / "small"
     process = subprocess.Popen(
-        [*RAYFM, "run", str(path)],
+        [*RAYFM, "run", str(path), "--set", seeds],
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -146,31 +149,35 @@ def test_a_killed_run_resumes_to_the_same_metrics(unbroken: tuple[Path, str], tm
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (run_dir / "summary.json").exists()
-    result = rayfm("run", str(path), "--resume")
+    with running_head(tmp_path) as head:
+        result = head.submit(str(path), seeds)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "succeeded" in result.stdout
+    assert "students: 4 of 4 periods" in result.stdout
+    assert f"{run_dir / 'report.html'}" in result.stdout
     ours, theirs = metric_lines(run_dir), metric_lines(folder / "runs" / "small")
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         assert ours[key] == (None if value is None else pytest.approx(value, rel=1e-5, abs=1e-7)), key
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_too_few_cpus_are_refused_at_the_start(tmp_path: Path) -> None:
     config = small_pipeline(tmp_path)
     config["groups"]["students"] |= {"workers": 3, "cpus_per_worker": 1.0}
-    result = rayfm("run", str(write_config(tmp_path, config)))
-    assert result.returncode == 1
-    assert "the plan needs 4.25 CPUs at once and Ray has 2" in result.stderr
-    assert "3 trainer students (3 x 1)" in result.stderr
+    message = r"the plan needs 4\.25 CPUs at once and Ray has 4:(?s:.*)3 trainer students \(3 x 1\)"
+    with pytest.raises(CapacityError, match=message):
+        run(load_config(write_config(tmp_path, config)))
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_wrong_world_in_the_store_is_refused_at_the_start(unbroken: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = unbroken
     config = small_pipeline(tmp_path, storage=str(folder / "data"))
     config["data"]["source"]["seed"] = 4
     started = time.monotonic()
-    result = rayfm("run", str(write_config(tmp_path, config)))
-    assert result.returncode == 1
-    assert "prepared from another source" in result.stderr
+    with pytest.raises(RayfmError, match="prepared from another source"):
+        run(load_config(write_config(tmp_path, config)))
     assert time.monotonic() - started < 60, "refused before trainers and services start"
 
 

@@ -146,17 +146,18 @@ class Scorer(Load):
 
 def scorers(
     url: str, student: str, students: Mapping[str, Predictor], teacher: str, teachers: Mapping[str, Predictor],
-    attempts: int,
+    attempts: int, pause_s: float,
 ) -> list[Scorer]:  # fmt: skip
-    """Two clients of a student and one of a teacher; a call is sent at most ``attempts`` times."""
+    """Two clients of a student and one of a teacher, who waits three times as long as they do after each reply; a call
+    is sent at most ``attempts`` times."""
     client = Client(url, timeout_s=20.0, retries=Retries(attempts=attempts))
     user, candidates, rows = user_row(), candidate_rows(40), every_feature_rows(30, 2)
     ask_student = functools.partial(client.score, student, user, candidates)
     ask_teacher = functools.partial(client.score_teacher, teacher, rows)
     return [
-        Scorer("student 1", ask_student, as_examples(user, candidates), students, 0.02),
-        Scorer("student 2", ask_student, as_examples(user, candidates), students, 0.02),
-        Scorer("teacher", ask_teacher, rows, teachers, 0.1),
+        Scorer("student 1", ask_student, as_examples(user, candidates), students, pause_s),
+        Scorer("student 2", ask_student, as_examples(user, candidates), students, pause_s),
+        Scorer("teacher", ask_teacher, rows, teachers, 3 * pause_s),
     ]
 
 

@@ -49,6 +49,7 @@ def main() -> int:
         kinds=tuple(options.kinds),
         swaps=options.swaps,
         publish_s=20.0,
+        pause_s=0.03,
         impressions=options.rows,
         considerations=options.rows // 2,
     )

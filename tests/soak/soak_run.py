@@ -35,6 +35,8 @@ class Plan:
     """Seconds between faults on average."""
     kinds: tuple[str, ...] = KINDS
     """What is killed."""
+    pause_s: float = 0.1
+    """Of a client between its requests. Beside other tests they would leave no CPU to what is to come back."""
     swaps: int = 4
     publish_s: float = 12.0
     """Seconds between new versions while faults come."""
@@ -84,7 +86,7 @@ def soak(folder: Path, plan: Plan, say: Any = print) -> dict[str, Any]:
 
 def _swap(world: World, plan: Plan) -> dict[str, int]:
     """Publish versions while clients that never try twice ask all the time."""
-    clients = scorers(world.url, STUDENT, world.students, TEACHER, world.teachers, attempts=1)
+    clients = scorers(world.url, STUDENT, world.students, TEACHER, world.teachers, 1, plan.pause_s)
     for client in clients:
         client.start()
 
@@ -108,7 +110,7 @@ def _swap(world: World, plan: Plan) -> dict[str, int]:
 
 def _faults(world: World, plan: Plan, say: Any) -> tuple[dict[str, Any], Poster, list[Scorer]]:
     poster = Poster(world.url, TEACHER, plan.seed)
-    clients = scorers(world.url, STUDENT, world.students, TEACHER, world.teachers, attempts=5)
+    clients = scorers(world.url, STUDENT, world.students, TEACHER, world.teachers, 5, plan.pause_s)
     published = [0]
 
     def new_version() -> None:

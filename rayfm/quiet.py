@@ -1,4 +1,7 @@
-"""Silencing what libraries say at import and at every start. Imports nothing heavy: every worker process runs it."""
+"""Silencing what libraries say at import and at every start.
+
+In no room, and importing nothing of ours: every process that Ray starts for a run runs it, and most do no more of ours.
+"""
 
 from __future__ import annotations
 
