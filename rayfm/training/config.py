@@ -10,7 +10,7 @@ from rayfm.config import Config
 from rayfm.data.reader import ReaderKind
 
 TableOptimizerName = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
-ShardingKind = Literal["auto", "table_wise", "row_wise", "data_parallel"]
+ShardingKind = Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]
 
 
 class ClippyConfig(Config):
@@ -67,10 +67,25 @@ class DenseOptimizer(Config):
         return self
 
 
+class DivergenceConfig(Config):
+    """When a loss counts as exploded. (One that is not finite always stops a run.)"""
+
+    factor: float = Field(20.0, gt=1)
+    """A term whose mean over the newest rows (a step, or as many steps as make 1,000 rows) is above ``factor`` times
+    its mean over the ``window`` steps before has exploded."""
+    window: int = Field(100, ge=1)
+    """Steps to compare with; before there are as many, nothing counts as exploded."""
+
+
 class TrainingConfig(Config):
     """Training of a teacher, or of the group of students that share a reader."""
 
     workers: int = Field(1, ge=1)
+    """Workers of the group; with ``max_workers`` the fewest that it trains with."""
+    max_workers: int | None = Field(None, ge=1)
+    """Makes the group elastic: it grows up to this many workers where the cluster has room, and shrinks with it."""
+    resize_seconds: float = Field(60.0, gt=0)
+    """How often an elastic group looks whether to grow or shrink. Each change restarts it from its checkpoint."""
     cpus_per_worker: float = Field(0.5, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
     threads: int = Field(1, ge=1)
@@ -90,16 +105,30 @@ class TrainingConfig(Config):
     table_overrides: dict[str, TableOptimizer] = {}
     """Table -> its own optimiser."""
     sharding: ShardingKind = "auto"
-    """``auto``: row-wise above ``row_wise_from`` rows, else table-wise."""
+    """``auto``: row-wise above ``row_wise_from`` rows, else table-wise. ``column_wise`` cuts a table of D columns into
+    ``column_parts`` (as many as make parts of a multiple of 4 columns), on however many workers."""
     sharding_overrides: dict[str, ShardingKind] = {}
+    column_parts: int = Field(4, ge=1)
+    """Parts of a column-wise table. Not one a worker: row-wise Adagrad keeps a sum for each part of a row, so that
+    another number of parts trains to other values, and its state goes nowhere else."""
     row_wise_from: int = Field(1_000_000, ge=1)
     dense: DenseOptimizer = DenseOptimizer()
     warmup_steps: int = Field(0, ge=0)
     """Steps over which every learning rate rises linearly from 0 to its value (Goyal et al. 2017)."""
 
+    checkpoint_seconds: float | None = Field(300.0, gt=0)
+    """Seconds between checkpoints inside a period, more where the loop would stand still for over 2 % of them; a
+    checkpoint is always made at a period's end. None: only there."""
     checkpoint_every: int | None = Field(None, ge=1)
-    """Steps between checkpoints inside a period; a checkpoint is always made at a period's end."""
+    """Steps between checkpoints inside a period, instead of ``checkpoint_seconds``."""
+    async_checkpoints: bool = True
+    """Write checkpoints inside a period while training goes on, from a copy of this worker's tables and optimiser
+    state, which stays in memory."""
     keep_checkpoints: int = Field(2, ge=1)
+    ledger: bool = False
+    """Note which examples each step trained, in the trainer's folder: 8 bytes an example."""
+    divergence: DivergenceConfig | None = DivergenceConfig()
+    """When a run stops since a loss has exploded. None: only where a loss is not finite."""
     max_failures: int = Field(3, ge=0)
     """How often Ray Train restarts the workers of this group before the run fails."""
 
@@ -121,6 +150,10 @@ class TrainingConfig(Config):
                     f"table {table!r}: optimiser {override.type} is for shards, and sharding is data_parallel; give "
                     "it adam, or a sharding override"
                 )
+        if self.max_workers is not None and self.max_workers < self.workers:
+            raise ValueError(
+                f"max_workers {self.max_workers} is below workers {self.workers}; raise it, or leave it out"
+            )
         if self.device == "cuda" and self.gpus_per_worker == 0:
             raise ValueError("device cuda needs gpus_per_worker above 0")
         return self
@@ -128,6 +161,11 @@ class TrainingConfig(Config):
     def optimizer_of(self, table: str) -> TableOptimizer:
         """The optimiser of a table."""
         return self.table_overrides.get(table, self.tables)
+
+    def column_parts_of(self, columns: int) -> int:
+        """Parts that a column-wise table of this many columns is cut into; fbgemm takes columns by fours."""
+        most = min(self.column_parts, columns)
+        return next((n for n in range(most, 0, -1) if columns % n == 0 and columns // n % 4 == 0), 1)
 
     def sharding_of(self, table: str, rows: int) -> ShardingKind:
         """The kind of sharding of a table with this many rows, ``auto`` resolved."""

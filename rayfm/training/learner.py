@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, Dist
 from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from rayfm.config import Config, RayfmError
+from rayfm.config import Config
 from rayfm.data.batch import Batch
 from rayfm.distill.base import OBJECTIVES, ObjectiveConfig
 from rayfm.distill.build import build_objectives
@@ -30,12 +31,15 @@ from rayfm.schema import Schema
 from rayfm.snapshots.publish import TensorSlice
 from rayfm.training.calibration import CountsCalibration
 from rayfm.training.config import TrainingConfig
+from rayfm.training.diagnosis import diagnose
+from rayfm.training.divergence import DivergenceError, LossWatch
 from rayfm.training.dropout import has_dropout, step_masks
 from rayfm.training.init import fill_normal
 from rayfm.training.lost_labels import LostLabels, lose_labels
 from rayfm.training.module import TrainModule
 from rayfm.training.optim import Optimizers, fuse_table_optimizers
 from rayfm.training.sharding import (
+    carried,
     collections,
     local_shards,
     sharders,
@@ -85,10 +89,6 @@ class LearnerConfig(Config):
         return {history.name: history for history in self.model.histories}
 
 
-class DivergenceError(RayfmError):
-    """A loss is no longer finite."""
-
-
 @dataclasses.dataclass
 class StepClock:
     """Seconds spent in the parts of a step."""
@@ -121,6 +121,8 @@ class Learner:
         self._drops = has_dropout(module)
         fuse_table_optimizers(module, training, schema.tables)
         placement = stored_placement(plan_path, module, training, self.world, write=self.rank == 0)
+        self.carried = carried(placement, training)
+        """Table -> what loading a checkpoint of this learner depends on."""
         unsharded = collections(module)
         self._table_std = {
             weight_name(path, collection, table.name): _init_std(table)
@@ -156,6 +158,7 @@ class Learner:
         positions = [schema.traffics.index(name) for name in config.traffics]
         self._traffics = torch.tensor(positions, device=device) if positions else None
         self.clock = StepClock()
+        self._losses = LossWatch(training.divergence)
 
     @torch.no_grad()
     def _initialise_tables(self) -> None:
@@ -176,7 +179,7 @@ class Learner:
             Term -> (weighted sum, weight) over all ranks.
 
         Raises:
-            DivergenceError: a term is not finite.
+            DivergenceError: a term is not finite, or has exploded. Nothing was changed by the step.
         """
         started = time.perf_counter()
         if self.config.lost_labels is not None:
@@ -196,12 +199,8 @@ class Learner:
         totals = self._reduce(sums)
         forward = time.perf_counter()
         loss = self._loss(sums, totals)
-        if not torch.isfinite(totals).all():
-            bad = [name for name, total in zip(sums, totals.tolist(), strict=True) if not all(map(_finite, total))]
-            raise DivergenceError(
-                f"{self.config.key}: term {bad[0]} is not finite at step {step}; lower the learning rate, add "
-                "warmup_steps or dense.clippy, or look for extreme values in the features"
-            )
+        terms = {name: (total[0], total[1]) for name, total in zip(sums, totals.tolist(), strict=True)}
+        self._check(terms, batch, step)
         loss.backward()
         backward = time.perf_counter()
         self.optimizers.step()
@@ -209,7 +208,25 @@ class Learner:
         self.clock.forward += forward - started
         self.clock.backward += backward - forward
         self.clock.optimizer += done - backward
-        return {name: (total[0], total[1]) for name, total in zip(sums, totals.tolist(), strict=True)}
+        return terms
+
+    def _check(self, terms: dict[str, tuple[float, float]], batch: Batch, step: int) -> None:
+        """Raises DivergenceError where a term is not finite or has exploded: on every rank, since all have its sums."""
+        for name, (total, weight) in terms.items():
+            if not (math.isfinite(total) and math.isfinite(weight)):
+                what = f"term {name} is not finite at step {step}"
+            elif ratio := self._losses.exploded(name, total, weight):
+                assert self.training.divergence is not None
+                what = (
+                    f"term {name} is {ratio:.3g} times its mean over the {self.training.divergence.window} steps "
+                    f"before step {step}"
+                )
+            else:
+                continue
+            raise DivergenceError(
+                f"{self.config.key}: {what}: {diagnose(self.dmp.state_dict(), batch, self.schema)}; lower the "
+                "learning rate, add warmup_steps or dense.clippy, or look for extreme values in the features"
+            )
 
     def _reduce(self, sums: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """(weighted sum, weight) of each term over all ranks: ``[terms, 2]``."""
@@ -279,7 +296,3 @@ class Learner:
 def _init_std(table: BaseEmbeddingConfig) -> float:
     """Standard deviation of a table's first values, from the partial that a model gave as ``init_fn``; 0 for zeros."""
     return float(table.init_fn.keywords["std"]) if isinstance(table.init_fn, functools.partial) else 0.0
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")

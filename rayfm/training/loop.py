@@ -31,11 +31,14 @@ from rayfm.snapshots.manifest import FileRecord, version_id
 from rayfm.snapshots.publish import SnapshotWriter, TensorSlice
 from rayfm.training.calibration import Calibration, start_calibrations
 from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, world_device
+from rayfm.training.divergence import DivergenceError
 from rayfm.training.export_check import CHECKED_ROWS, check_draft, first_step, trained_rows
 from rayfm.training.learner import Learner
+from rayfm.training.ledger import Ledger
 from rayfm.training.lost_labels import lose_labels
 from rayfm.training.period import PeriodParts, PeriodRecord
 from rayfm.training.ranks import sum_over_ranks
+from rayfm.training.schedule import Schedule
 from rayfm.training.spec import Coordinator, LabelSource, PinnedLabels, TrainerSpec
 
 AnswerT = TypeVar("AnswerT")
@@ -73,6 +76,8 @@ class TrainingLoop:
         self.tasks = tuple((task.name, task.kind) for task in spec.schema_.tasks if task.name in tasks)
         self.rates = RateCounter([name for name, _ in self.tasks])
         self.checkpoints = Checkpoints(spec.folder / "checkpoints", spec.training.keep_checkpoints)
+        self.schedule = Schedule(spec.training, self._agree)
+        self.ledger = Ledger(spec.folder / "ledger", self.rank) if spec.training.ledger else None
         self.steps_done = {learner.config.key: 0 for learner in self.learners}
         self.calibration: dict[str, Fits] = {}
         self._ray_reader: RayDataReader | None = None
@@ -80,6 +85,14 @@ class TrainingLoop:
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, through the last period."""
+        try:
+            self._walk()
+        finally:
+            self.checkpoints.close()
+            if self.ledger is not None:
+                self.ledger.close()
+
+    def _walk(self) -> None:
         first, state = self._restore()
         under_way = state is not None and state.cursor.period is not None
         if state is not None and not under_way:
@@ -122,8 +135,8 @@ class TrainingLoop:
             "parts": parts.seconds,
             "calibration": self.calibration,
         }
-        with parts.timed("checkpoint"):
-            self._checkpoint(Cursor(finished=self.spec.periods[: index + 1]), {}, record)
+        # It stands before the period is published: what was published is never trained again from before.
+        self._checkpoint(Cursor(finished=self.spec.periods[: index + 1]), {}, record, parts)
         self._finish(index, record, parts, started)
 
     def _trains(self, index: int) -> bool:
@@ -262,7 +275,6 @@ class TrainingLoop:
         steps = reader.steps(period)
         losses: dict[str, list[float]] = partial.setdefault("losses", {})
         partial.setdefault("examples", 0)
-        every = self.spec.training.checkpoint_every
         tasks = [name for name, _ in self.tasks]
         for step, cpu_batch in enumerate(parts.iterate(reader.batches(period, start)), start):
             self._report(period, step, steps, "train")
@@ -274,16 +286,20 @@ class TrainingLoop:
             batch = cpu_batch.to(self.device)
             for learner in self.learners:
                 key = learner.config.key
-                terms = learner.train_step(batch, self.steps_done[key])
+                try:
+                    terms = learner.train_step(batch, self.steps_done[key])
+                except DivergenceError as error:
+                    raise DivergenceError(f"{error} (step {step} of {period}; {self._kept()})") from None
                 self.steps_done[key] += 1
                 for term, (total, weight) in terms.items():
                     sums = losses.setdefault(f"{key}/{term}", [0.0, 0.0])
                     sums[0] += total
                     sums[1] += weight
-            if every and (step + 1) % every == 0 and step + 1 < steps:
-                with parts.timed("checkpoint"):
-                    done = self.spec.periods[:index]
-                    self._checkpoint(Cursor(finished=done, period=period, step=step + 1), labels, partial)
+            if self.ledger is not None:
+                self.ledger.enter(period, step, cpu_batch.example_id.numpy())
+            if step + 1 < steps and self.schedule.due(step, self.checkpoints.busy):
+                cursor = Cursor(finished=self.spec.periods[:index], period=period, step=step + 1)
+                self._checkpoint(cursor, labels, partial, parts, wait=not self.spec.training.async_checkpoints)
         for learner in self.learners:
             for part, seconds in vars(learner.clock).items():
                 parts.add(part, seconds)
@@ -421,6 +437,10 @@ class TrainingLoop:
     def _restore(self) -> tuple[int, CheckpointState | None]:
         """Index of the period to go on with, and the newest checkpoint."""
         state = self.checkpoints.load(self.learners)
+        if self.ledger is not None:
+            if self.rank == 0:
+                self.ledger.rewind(state.cursor if state else Cursor())
+            self._barrier()
         if state is None:
             return 0, None
         index = state.cursor.index(self.spec.periods, str(self.checkpoints.root))
@@ -432,7 +452,24 @@ class TrainingLoop:
             self.rates.load_state_dict({"sums": sums})
         return index, state
 
-    def _checkpoint(self, cursor: Cursor, labels: dict[str, PinnedLabels], partial: dict[str, Any]) -> None:
+    def _kept(self) -> str:
+        """What a run that stops now leaves to go back to."""
+        self.checkpoints.close()
+        path = self.checkpoints.latest()
+        return f"the newest checkpoint is {path}" if path else "there is no checkpoint yet"
+
+    def _checkpoint(
+        self,
+        cursor: Cursor,
+        labels: dict[str, PinnedLabels],
+        partial: dict[str, Any],
+        parts: PeriodParts,
+        wait: bool = True,
+    ) -> None:
+        """Make a checkpoint; ``wait``: it stands on return. What training stands still for is timed."""
+        started = time.perf_counter()
+        if self.ledger is not None:
+            self.ledger.sync()
         sums = sum_over_ranks(self.rates.state_dict()["sums"], self.device)
         # A finished period's record holds the total already; only the count of a period under way is this rank's own.
         own = partial["examples"] if cursor.step or self.rank == 0 else 0
@@ -442,7 +479,10 @@ class TrainingLoop:
         state = CheckpointState(
             cursor=cursor, steps_done=self.steps_done, labels=labels, rates=rates, partial=shared, world=self.world
         )
-        self.checkpoints.save(self.learners, state)
+        self.checkpoints.save(self.learners, state, wait)
+        stall = time.perf_counter() - started
+        parts.add("checkpoint", stall)
+        self.schedule.made(stall)
 
     def _agree(self, ask: Callable[[], AnswerT]) -> AnswerT:
         """Rank 0 asks; every rank gets the answer."""

@@ -16,6 +16,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.sharding_plan import (
     ParameterShardingGenerator,
+    column_wise,
     construct_module_sharding_plan,
     data_parallel,
     row_wise,
@@ -25,7 +26,7 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from rayfm.config import Config, ConfigError
+from rayfm.config import Config, ConfigError, RayfmError
 from rayfm.data.store import write_json_atomic
 from rayfm.training.config import TrainingConfig
 
@@ -34,9 +35,11 @@ class TablePlacement(Config):
     """Where one table of one collection lives."""
 
     kind: str
-    """table_wise, row_wise or data_parallel."""
+    """table_wise, row_wise, column_wise or data_parallel."""
     rank: int | None = None
     """Owner of a table-wise table."""
+    ranks: tuple[int, ...] = ()
+    """Owners of a column-wise table's parts, from the first columns on."""
 
 
 Placement = dict[str, dict[str, TablePlacement]]
@@ -47,11 +50,14 @@ Collection: TypeAlias = EmbeddingBagCollection | EmbeddingCollection
 """Pooled features, or sequences item by item."""
 
 
+_MODEL_PARALLEL = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value)
+
+
 class Sharder(EmbeddingBagCollectionSharder):
     """The stock sharder, with row-wise allowed on CPU too (it works there, and is left out of the stock list)."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        return [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.DATA_PARALLEL.value]
+        return [*_MODEL_PARALLEL, ShardingType.DATA_PARALLEL.value]
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         if sharding_type == ShardingType.DATA_PARALLEL.value:
@@ -63,7 +69,7 @@ class SequenceSharder(EmbeddingCollectionSharder):
     """The same for collections of sequences, which cannot be replicated: torchrec 1.8 then pools what it looks up."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        return [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
+        return list(_MODEL_PARALLEL)
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         return [EmbeddingComputeKernel.FUSED.value]
@@ -95,8 +101,8 @@ def weight_name(path: str, collection: Collection, table: str) -> str:
 def place(module: nn.Module, config: TrainingConfig, world: int) -> Placement:
     """Decide where each table of ``module`` lives on ``world`` workers.
 
-    Table-wise tables go, largest first, to the worker with the fewest elements so far (the longest-processing-time
-    rule); row-wise ones are cut evenly.
+    Table-wise tables, and the parts of column-wise ones, go, largest table first, to the worker with the fewest
+    elements so far (the longest-processing-time rule); row-wise ones are cut evenly.
 
     Raises:
         ConfigError: a table that sequences read is to be replicated.
@@ -113,11 +119,16 @@ def place(module: nn.Module, config: TrainingConfig, world: int) -> Placement:
                     f"table {table.name!r} is read by a sequence item by item, and such a table cannot be replicated, "
                     "as optimiser adam needs; give it another one in 'table_overrides', and a sharding of its own"
                 )
-            rank = None
+            parts = {"table_wise": 1, "column_wise": config.column_parts_of(table.embedding_dim)}.get(kind, 0)
+            owners = []
+            for _ in range(parts):
+                owners.append(load.index(min(load)))
+                load[owners[-1]] += table.num_embeddings * table.embedding_dim // parts
             if kind == "table_wise":
-                rank = load.index(min(load))
-                load[rank] += table.num_embeddings * table.embedding_dim
-            placement[path][table.name] = TablePlacement(kind=kind, rank=rank)
+                where = TablePlacement(kind=kind, rank=owners[0])
+            else:
+                where = TablePlacement(kind=kind, ranks=tuple(sorted(owners)))
+            placement[path][table.name] = where
     return placement
 
 
@@ -129,6 +140,8 @@ def sharding_plan(module: nn.Module, placement: Placement, world: int, device: t
         for table, where in placement[path].items():
             if where.kind == "table_wise":
                 generators[table] = table_wise(rank=where.rank or 0)
+            elif where.kind == "column_wise":
+                generators[table] = column_wise(ranks=list(where.ranks))
             else:
                 generators[table] = row_wise() if where.kind == "row_wise" else data_parallel()
         sharder: ModuleSharder[nn.Module]
@@ -157,6 +170,65 @@ def stored_placement(path: Path, module: nn.Module, config: TrainingConfig, worl
     if {c: set(t) for c, t in found.items()} != {c: set(t) for c, t in made.items()}:
         raise ConfigError(f"{path}: the stored sharding plan is for other tables; start a new run or remove the plan")
     return found
+
+
+class Carried(Config):
+    """What a table's state in a checkpoint depends on, beside its rows and columns."""
+
+    kind: str
+    """How the table was sharded."""
+    parts: int
+    """Parts of its columns."""
+    optimizer: str
+    """What trained it."""
+
+
+def carried(placement: Placement, config: TrainingConfig) -> dict[str, Carried]:
+    """By table: what loading a checkpoint of this placement depends on."""
+    return {
+        table: Carried(
+            kind=where.kind,
+            parts=len(where.ranks) if where.kind == "column_wise" else 1,
+            optimizer=config.optimizer_of(table).type,
+        )
+        for tables in placement.values()
+        for table, where in tables.items()
+    }
+
+
+def check_carried(old: dict[str, Carried], new: dict[str, Carried], origin: str) -> None:
+    """Refuse to load a checkpoint into tables that its optimiser state says nothing about.
+
+    Rows and columns move freely between workers and kinds of sharding, and so does a state that has a value for each
+    element, or none. Row-wise Adagrad has one for each row of each part of the columns: with other parts there is none.
+
+    Args:
+        old: of the checkpoint; a table that it does not name is not checked.
+        new: of this run.
+        origin: opens the error message.
+
+    Raises:
+        RayfmError: naming the table, and what it was and is.
+    """
+    for table, now in new.items():
+        was = old.get(table)
+        if was is None:
+            continue
+        if was.optimizer != now.optimizer:
+            raise RayfmError(
+                f"{origin}: table {table!r} was trained by {was.optimizer} and is now by {now.optimizer}, whose state "
+                "the checkpoint does not have; give the table its optimiser back, or start a new run"
+            )
+        if now.optimizer == "rowwise_adagrad" and was.parts != now.parts:
+            raise RayfmError(
+                f"{origin}: table {table!r} was sharded {_parts(was)} and is now {_parts(now)}; row-wise Adagrad keeps "
+                "a sum for each part of a row, which cannot be cut or joined. Give the table its sharding and "
+                "column_parts back, or start a new run (with optimiser adagrad or sgd it would go on)"
+            )
+
+
+def _parts(table: Carried) -> str:
+    return f"{table.kind} in {table.parts} parts" if table.parts > 1 else table.kind
 
 
 def local_shards(value: Any) -> Iterator[tuple[Tensor, int, int]]:

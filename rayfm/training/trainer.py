@@ -7,10 +7,12 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 
 from rayfm.config import RayfmError
+from rayfm.training.config import TrainingConfig
 from rayfm.training.loop import TrainingLoop
 from rayfm.training.progress import progress_file
 from rayfm.training.spec import Coordinator, LabelSource, TrainerSpec
@@ -19,6 +21,9 @@ from rayfm.training.worker import work
 
 def fit(spec: TrainerSpec, coordinator: Coordinator, label_source: LabelSource | None = None) -> None:
     """Train in a Ray Train worker group that lives through all periods; it is restarted when a worker dies.
+
+    With ``max_workers`` Ray Train also restarts it with more or fewer workers, as the cluster grows or shrinks. Either
+    way it goes on from the newest checkpoint, in the middle of a period too.
 
     Args:
         spec, coordinator, label_source: travel to the workers.
@@ -37,7 +42,7 @@ def fit(spec: TrainerSpec, coordinator: Coordinator, label_source: LabelSource |
         train_loop_config={"parts": cloudpickle.dumps((spec, coordinator, label_source))},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=training.workers,
+            **_workers(training),
             use_gpu=gpu,
             resources_per_worker={"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
             if gpu
@@ -55,6 +60,14 @@ def fit(spec: TrainerSpec, coordinator: Coordinator, label_source: LabelSource |
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise RayfmError(f"trainer {spec.name}: {lines[-1] if lines else type(error).__name__}") from error
+
+
+def _workers(training: TrainingConfig) -> dict[str, Any]:
+    """How many workers Ray Train is asked for."""
+    if training.max_workers is None:
+        return {"num_workers": training.workers}
+    elastic = (training.workers, training.max_workers)
+    return {"num_workers": elastic, "elastic_resize_monitor_interval_s": training.resize_seconds}
 
 
 @contextlib.contextmanager
