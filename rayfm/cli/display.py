@@ -66,15 +66,15 @@ class Display:
 
     def update(self, watch: Any) -> None:
         """Show how far the parts are."""
-        total = len(watch.pipeline.periods)
-        self._show("prepare", "prepare", watch.prepared, total, "")
+        total, follow = len(watch.pipeline.periods), watch.pipeline.follow
+        self._show("prepare", "prepare", watch.prepared, total, "", follow)
         for spec in watch.pipeline.specs:
             done, text = watch.trained[spec.name]
             label = f"teacher {spec.name}" if spec.role == "teacher" else f"{spec.name} ({len(spec.learners)} models)"
-            self._show(f"train {spec.name}", label, done, len(spec.periods), text)
+            self._show(f"train {spec.name}", label, done, len(spec.periods), text, follow)
             labelled, wanted = watch.labelled.get(spec.name, (0, 0))
             if wanted:
-                self._show(f"label {spec.name}", f"labels of {spec.name}", labelled, wanted, "")
+                self._show(f"label {spec.name}", f"labels of {spec.name}", labelled, wanted, "", follow)
         if not console.is_terminal and time.monotonic() - self._logged >= self.interval_s:
             self._log()
 
@@ -85,13 +85,14 @@ class Display:
             console.print(f"{time.monotonic() - self._start:.0f} s: {line}", highlight=False)
         self._line, self._logged = line, time.monotonic()
 
-    def _show(self, key: str, label: str, done: float, total: int, text: str) -> None:
+    def _show(self, key: str, label: str, done: float, total: int, text: str, open_end: bool = False) -> None:
         self._done[key] = f"{key} {min(done, total):.3g}/{total}"
         if key not in self._bars:
             self._bars[key] = self._progress.add_task(text, total=total, label=label[:20])
         bar = self._bars[key]
-        self._progress.update(bar, completed=round(done, 1) if done < total else total, description=text)
-        if done >= total:
+        completed = round(done, 1) if done < total else total
+        self._progress.update(bar, completed=completed, total=total, description=text)
+        if done >= total and not open_end:
             self._progress.stop_task(bar)
 
 

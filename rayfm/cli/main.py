@@ -56,6 +56,9 @@ def run(
     data: Data = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped or killed.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove a run of this name first.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on with every new complete period, until SIGTERM or Ctrl-C.")
+    ] = False,
 ) -> None:
     """Run the whole pipeline: prepare, train, label, distil, evaluate, report."""
     from rayfm.cli.display import Display, print_summary
@@ -63,8 +66,10 @@ def run(
 
     loaded = _load(config, set_, data)
     with Display(loaded) as display:
-        result = run_pipeline(loaded, resume=resume, overwrite=overwrite, watch=display.update)
+        result = run_pipeline(loaded, resume=resume, overwrite=overwrite, watch=display.update, follow=follow)
     print_summary(result.summary, result.seconds, result.report)
+    if result.stopped:
+        typer.echo(f"stopped; go on with: rayfm run {config} --resume --follow")
 
 
 @app.command()

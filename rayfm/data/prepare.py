@@ -17,7 +17,7 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,12 +84,14 @@ def prepare(
     lanes: int = 8,
     progress: Progress | None = None,
     cpus_per_task: float = 0.25,
+    only: Collection[str] | None = None,
 ) -> list[PeriodManifest]:
     """Write every period of ``source`` that ``store`` lacks; the manifests of all of them, in time order.
 
     Args:
         lanes: L; rows of a (period, kind) in time order are dealt to the lanes in turn.
         cpus_per_task: CPUs that each Ray task asks for; a fraction lets prepare run beside trainers.
+        only: names of the periods to write, where more may still be added to the others; by default all.
 
     Raises:
         DataError: the logs are missing, unreadable or of the wrong columns or types; a period has no impressions; a
@@ -102,16 +104,20 @@ def prepare(
     if not periods:
         raise DataError("the source has no periods; check its path and its start and end")
     digest = source_hash(source, schema, lanes)
-    missing = missing_periods(source, schema, store, lanes)
+    missing = _wanted(missing_periods(source, schema, store, lanes), only)
     if missing:
         share = len(missing) / len(periods)
         check_disk(store.root, round(estimate_bytes(source.estimated_rows(), schema) * share))
         with prepare_lock(store.root):
             # Who held the lock until now may have written some of them.
-            missing = missing_periods(source, schema, store, lanes)
+            missing = _wanted(missing_periods(source, schema, store, lanes), only)
             if missing:
                 _write_missing(source, schema, store, lanes, digest, periods, missing, progress, cpus_per_task)
-    return [store.manifest(period.name) for period in periods]
+    return [store.manifest(period.name) for period in _wanted(periods, only)]
+
+
+def _wanted(periods: list[Period], only: Collection[str] | None) -> list[Period]:
+    return [period for period in periods if only is None or period.name in only]
 
 
 def _write_missing(

@@ -18,6 +18,7 @@ from rayfm.labels.config import LabelStoreConfig
 from rayfm.labels.storage import Storage
 from rayfm.models.base import MODELS, ModelConfig
 from rayfm.models.histories import HistoryFeature
+from rayfm.pipeline.follow_config import FollowConfig
 from rayfm.pipeline.tune_config import TuneConfig
 from rayfm.schema import LOGGED_PREFIX, Schema
 from rayfm.selection.config import SelectConfig
@@ -218,6 +219,8 @@ class PipelineConfig(Config):
     endpoints: EndpointsConfig = EndpointsConfig()
     """What `rayfm serve` starts; a run does not read it."""
     ray: RayConfig = RayConfig()
+    follow: FollowConfig = FollowConfig()
+    """How `rayfm run --follow` looks for new periods."""
     tune: TuneConfig | None = None
     """What `rayfm tune` searches; a run does not read it."""
     select: SelectConfig | None = None

@@ -18,15 +18,20 @@ from rayfm.training.spec import TrainerSpec
 TEACHER_VARIANT = "teacher"
 
 
-def choose_periods(config: PipelineConfig, available: list[str]) -> tuple[str, ...]:
+def choose_periods(config: PipelineConfig, available: list[str], open_end: bool = False) -> tuple[str, ...]:
     """The periods of the schedule among those that the source has.
+
+    Args:
+        config: the pipeline's config.
+        available: periods of the source, in time order.
+        open_end: more may come: the last one need not be there yet, nor any to test on.
 
     Raises:
         ConfigError: the bounds name none, or too few are left to test on.
     """
     schedule = config.schedule
     own = {f"teachers.{name}.through": teacher.through for name, teacher in config.teachers.items()}
-    for bound in (schedule.first, schedule.last):
+    for bound in (schedule.first, None if open_end else schedule.last):
         if bound is not None and bound not in available:
             raise ConfigError(f"schedule: period {bound!r} is not in the source, which has {_span(available)}")
     periods = tuple(
@@ -34,7 +39,12 @@ def choose_periods(config: PipelineConfig, available: list[str]) -> tuple[str, .
         for period in available
         if (schedule.first is None or period >= schedule.first) and (schedule.last is None or period <= schedule.last)
     )
-    if len(periods) <= schedule.warmup:
+    if open_end and not periods:
+        raise ConfigError(
+            "schedule: no period is complete yet; a source's newest one is once a later one has begun, or "
+            "follow.close_after_s seconds after its end"
+        )
+    if len(periods) <= schedule.warmup and not open_end:
         raise ConfigError(
             f"schedule: warmup {schedule.warmup} leaves no test period of the {len(periods)} there are; lower it"
         )

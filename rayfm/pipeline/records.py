@@ -6,10 +6,11 @@ Nothing here is gathered in memory during the run, so that a run that was killed
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayfm.config.durable import write_whole
 from rayfm.data.store import ExampleStore, write_json_atomic
 from rayfm.metrics import Entry, MetricState, lines, summarise
 from rayfm.metrics.stages import stage_rows
@@ -93,11 +94,21 @@ class RunRecords:
         write_json_atomic(self.config.run_dir / "summary.json", summary)
         return summary
 
-    def events(self) -> list[dict[str, Any]]:
-        """What happened, period by period; also written to ``progress.jsonl``."""
+    def events(
+        self, arrived: Mapping[str, float] | None = None, closing: Sequence[dict[str, Any]] = ()
+    ) -> list[dict[str, Any]]:
+        """What happened, period by period; also written to ``progress.jsonl``.
+
+        Args:
+            arrived: of a run that follows, when each period was seen to be complete (seconds since 1970).
+            closing: events after those of the periods.
+        """
         found: list[dict[str, Any]] = []
         prepared = set(self.store.periods())
+        arrived = arrived or {}
         for period in self.periods:
+            if period in arrived:
+                found.append({"event": "arrived", "period": period, "at": round(arrived[period], 3)})
             if period in prepared:
                 manifest = self.store.manifest(period)
                 found.append(
@@ -118,10 +129,13 @@ class RunRecords:
                 if path.exists():
                     record = PeriodRecord.model_validate_json(path.read_text())
                     found.append({"event": "trained", **record.dump()})
+                    if period in arrived:
+                        found[-1]["delay_s"] = round(max(0.0, path.stat().st_mtime - arrived[period]), 3)
                     found += [
                         {"event": "published", "model": model, "version": version, "period": period}
                         for model, version in record.versions.items()
                     ]
-        text = "".join(json.dumps(event) + "\n" for event in found)
-        (self.config.run_dir / "progress.jsonl").write_text(text)
+        found += closing
+        text = "".join(json.dumps(event) + "\n" for event in found).encode()
+        write_whole(self.config.run_dir / "progress.jsonl", lambda file: file.write(text))
         return found

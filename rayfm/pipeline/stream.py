@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,25 @@ import yaml
 from rayfm.config import ConfigError, DataError, RayfmError, SnapshotError, read_yaml, write_yaml
 from rayfm.data.prepare import missing_periods
 from rayfm.data.prepare import prepare as prepare_source
-from rayfm.data.sources.base import SOURCES
+from rayfm.data.sources.base import SOURCES, Source
 from rayfm.data.store import ExampleStore
 from rayfm.labels.config import run_storage
 from rayfm.labels.history import HistoryStore
 from rayfm.labels.store import LabelStore
 from rayfm.pipeline.capacity import check_capacity
 from rayfm.pipeline.config import PipelineConfig
+from rayfm.pipeline.follow import (
+    POLL_S,
+    Arrival,
+    Follower,
+    FollowingTickets,
+    Lag,
+    Stream,
+    complete_periods,
+    lag,
+    lag_event,
+    open_source,
+)
 from rayfm.pipeline.plan import (
     choose_periods,
     group_labels,
@@ -41,6 +53,7 @@ from rayfm.pipeline.plan import (
 )
 from rayfm.pipeline.records import RunRecords
 from rayfm.pipeline.session import cluster_resources, ray_session
+from rayfm.pipeline.stop import StopSignals
 from rayfm.pipeline.tickets import Tickets, TrainerTickets, check_order, metadata_path
 from rayfm.serving.application import start_teacher, stop_teacher
 from rayfm.serving.labelling import StoredLabels, history_spec, label_period
@@ -50,6 +63,7 @@ from rayfm.snapshots.collect import Collector
 from rayfm.snapshots.keeper import LeaseKeeper
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata import SQLiteMetadataStore, open_metadata
+from rayfm.training.follow import StopRequested
 from rayfm.training.period import PeriodRecord
 from rayfm.training.progress import progress_file
 from rayfm.training.spec import TrainerSpec
@@ -58,6 +72,10 @@ from rayfm.training.trainer import fit
 log = logging.getLogger(__name__)
 
 LEASE_S = 120.0
+WRITE_EVERY_S = 5.0
+"""A run that follows writes ``progress.jsonl`` at most so often."""
+LATER = "9999-12-31"
+"""A period after all others."""
 
 
 @dataclasses.dataclass
@@ -68,6 +86,8 @@ class RunResult:
     summary: dict[str, Any]
     report: Path
     seconds: float
+    stopped: bool = False
+    """Whether it was asked to stop; it can be gone on with."""
 
 
 @dataclasses.dataclass
@@ -80,6 +100,8 @@ class Watch:
     """Teacher -> (periods labelled, periods to label)."""
     trained: dict[str, tuple[float, str]]
     """Trainer -> (periods done, fraction included; what it is doing)."""
+    lag: dict[str, Lag] = dataclasses.field(default_factory=dict)
+    """Of a run that follows, trainer -> how far it is behind."""
 
 
 class Pipeline:
@@ -87,22 +109,31 @@ class Pipeline:
 
     Args:
         config: the pipeline's config.
+        follow: take periods up as they become complete; without it, those that are there (of a run that has followed,
+            those that it took, and what came later).
+        anew: forget the periods of a run of this name.
+
+    Raises:
+        ConfigError: the schedule does not fit the periods.
+        DataError: the source cannot be read, or the run's folder not be written.
     """
 
-    def __init__(self, config: PipelineConfig) -> None:
+    def __init__(self, config: PipelineConfig, follow: bool = False, anew: bool = False) -> None:
         # Workers run in folders of their own: a path relative to this one would mean another place there.
         storage, runs = (str(Path(folder).absolute()) for folder in (config.storage, config.runs))
         place = None if config.label_store is None else config.label_store.absolute()
         config = config.model_copy(update={"storage": storage, "runs": runs, "label_store": place})
-        self.config = config
+        self.config, self.follow = config, follow
         self.source = SOURCES.build(config.data.source, config.schema_)
-        self.periods = choose_periods(config, [period.name for period in self.source.periods()])
-        check_order(self.periods)
         self.run_dir = config.run_dir
         self.store = ExampleStore(config.storage)
+        self.arrivals: list[Arrival] = []
+        self.periods = self._find_periods(anew)
+        check_order(self.periods)
         _make_folder(self.run_dir)
         self.metadata = SQLiteMetadataStore(metadata_path(self.run_dir))
         self.tickets = Tickets(self.metadata, config.name)
+        self.stream = Stream(self.tickets)
         self.labels = LabelStore(config.label_storage, self.metadata)
         self.snapshots = SnapshotStore(self.run_dir)
         # Where services follow `current`: what is current, held or kept is known there alone.
@@ -111,8 +142,26 @@ class Pipeline:
         self.collector = Collector(self.snapshots, followed, keep=config.keep_snapshots)
         self.teacher_specs = [teacher_spec(config, name, self.periods) for name in config.teacher_order()]
         self.student_specs = student_specs(config, self.periods)
+        if follow:
+            for specs in (self.teacher_specs, self.student_specs):
+                specs[:] = [spec.model_copy(update={"follow": True}) for spec in specs]
         self.specs: list[TrainerSpec] = [*self.teacher_specs, *self.student_specs]
         self.records = RunRecords(config, self.specs, self.tickets, self.periods)
+        self._done: dict[str, int] = {}
+        self._labelled: dict[str, int] = {}
+
+    def _find_periods(self, anew: bool) -> tuple[str, ...]:
+        """The periods as far as they are known; those of a stream are in ``arrivals`` too."""
+        standing = metadata_path(self.run_dir)
+        if not anew and standing.exists():  # opening it would make it
+            self.arrivals = Stream(Tickets(SQLiteMetadataStore(standing), self.config.name)).arrivals()
+        if not self.follow and not self.arrivals:
+            return choose_periods(self.config, [period.name for period in self.source.periods()])
+        taken = [arrival.period for arrival in self.arrivals]
+        for arrival in complete_periods(self.config, self.store, open_source(self.config), taken):
+            if not taken or arrival.period > taken[-1]:
+                self.arrivals.append(dataclasses.replace(arrival, at=time.time()))
+        return choose_periods(self.config, [arrival.period for arrival in self.arrivals], open_end=True)
 
     # -- the parts ----------------------------------------------------------------------------------------------
 
@@ -132,6 +181,19 @@ class Pipeline:
         teaches = spec.role == "teacher" and not alone
         students = spec.role == "students"
         labels = group_labels(self.config, spec.name) if students else self.config.teachers[spec.name].labels
+        if self.follow and not alone:
+            return FollowingTickets(
+                self.tickets,
+                spec.name,
+                self.store,
+                self.periods,
+                teachers=spec.teachers,
+                labels=labels,
+                labelled=periods_to_label(self.config, self.periods, spec.name) if teaches else (),
+                readers={other.name: other.periods[0] for other in self.specs if spec.name in other.teachers},
+                ahead=self.config.follow.ahead,
+                labels_on=LATER in periods_to_label(self.config, (*self.periods, LATER), spec.name),
+            )
         return TrainerTickets(
             self.tickets,
             spec.name,
@@ -190,8 +252,9 @@ class Pipeline:
         near_line, posted = self.config.teachers[teacher].near_line, NearLineLabels(self.run_dir)
         if near_line is not None:  # what is stated wrongly is said before anybody waits for a snapshot
             posted.pin(teacher, self.periods[0], near_line.table_version)
-        for index, period in enumerate(self.periods):
-            if index == 0 or (periods is not None and period not in periods):
+        for index, period in self._walk():
+            wanted = periods_to_label(self.config, self.periods, teacher) if self.follow else periods
+            if index == 0 or (wanted is not None and period not in wanted):
                 continue
             if self.tickets.get("labelled", teacher, period) is not None:
                 continue
@@ -226,6 +289,21 @@ class Pipeline:
                 ticket["near_line"] = posted.pin(teacher, period, near_line.table_version)
             self.tickets.put("labelled", teacher, period, ticket)
 
+    def _walk(self) -> Iterator[tuple[int, str]]:
+        """The periods with their places; where the run follows, also those that come while it does."""
+        place = 0
+        while True:
+            ended = not self.follow or self.stream.ended()  # asked first, so that what came last is not overlooked
+            if place < len(self.periods):
+                yield place, self.periods[place]
+                place += 1
+            elif ended:
+                return
+            else:
+                self.tickets.check()
+                self.tickets.check_stop()
+                time.sleep(POLL_S)
+
     def _histories(self, teacher: str, index: int) -> None:
         """Before a period is labelled: what its students may know of the labels of the periods before it."""
         before = self.tickets.get("labelled", teacher, self.periods[index - 1])
@@ -245,6 +323,7 @@ class Pipeline:
         deadline = None if timeout is None else time.monotonic() + timeout
         while period not in self.store.periods():
             self.tickets.check()
+            self.tickets.check_stop()
             if deadline is not None and time.monotonic() > deadline:
                 self.store.manifest(period)
             time.sleep(0.1)
@@ -252,10 +331,9 @@ class Pipeline:
     def watch(self) -> Watch:
         """How far the parts are."""
         prepared = set(self.store.periods())
-        trained = {}
+        trained, behinds = {}, self.lags()
         for spec in self.specs:
-            periods = spec.periods
-            done = sum((spec.folder / "periods" / f"{period}.json").exists() for period in periods)
+            periods, done = spec.periods, self._finished(spec)
             text, fraction = "", 0.0
             report = progress_file(spec).read()
             if report is not None and done < len(periods) and report["period"] == periods[done]:
@@ -264,16 +342,38 @@ class Pipeline:
                 text = f"{report['phase']} {report['period']}"
             elif done < len(periods):
                 text = f"waiting for {periods[done]}" if done or report else "starting"
+            behind = behinds.get(spec.name)
+            if behind is not None and behind.periods:
+                text += f"; {behind}"
             trained[spec.name] = (done + fraction, text)
-        labelled = {
-            teacher: (
-                sum(self.tickets.get("labelled", teacher, period) is not None for period in periods),
-                len(periods),
-            )
-            for teacher in self.config.teachers
-            for periods in [periods_to_label(self.config, self.periods, teacher)]
-        }
-        return Watch(self, sum(period in prepared for period in self.periods), labelled, trained)
+        labelled = {}
+        for teacher in self.config.teachers:
+            wanted = periods_to_label(self.config, self.periods, teacher)
+            count = self._labelled.get(teacher, 0)  # in order, so that what was counted stays so
+            while count < len(wanted) and self.tickets.get("labelled", teacher, wanted[count]) is not None:
+                count += 1
+            self._labelled[teacher] = count
+            labelled[teacher] = (count, len(wanted))
+        return Watch(self, sum(period in prepared for period in self.periods), labelled, trained, behinds)
+
+    def _finished(self, spec: TrainerSpec) -> int:
+        """How many of its periods a trainer has finished; it does so in order."""
+        done = self._done.get(spec.name, 0)
+        while done < len(spec.periods) and (spec.folder / "periods" / f"{spec.periods[done]}.json").exists():
+            done += 1
+        self._done[spec.name] = done
+        return done
+
+    def _places(self) -> dict[str, int]:
+        """Trainer -> how many of the run's periods are behind it, those before its first included."""
+        return {spec.name: len(self.periods) - len(spec.periods) + self._finished(spec) for spec in self.specs}
+
+    def lags(self) -> dict[str, Lag]:
+        """Trainer -> how far it is behind the newest complete period; empty for a run that never followed."""
+        if not self.arrivals:
+            return {}
+        newest = self.stream.newest() or self.arrivals[-1]
+        return {name: lag(name, done, self.arrivals, newest) for name, done in self._places().items()}
 
     # -- the whole ----------------------------------------------------------------------------------------------
 
@@ -308,6 +408,11 @@ class Pipeline:
         _make_folder(self.store.root)
         write_yaml(self.config, saved)
         self.tickets.clear_failure()
+        self.tickets.clear_stop()
+        if self.follow:
+            self.stream.go_on()
+            for place in range(len(self.stream.arrivals()), len(self.arrivals)):
+                self.stream.append(place, self.arrivals[place])
 
     def _clear(self, saved: Path) -> None:
         """Remove the run of this name, wherever it kept its labels."""
@@ -328,7 +433,7 @@ class Pipeline:
     def _same_config(self, saved: Path) -> None:
         before, now = yaml.safe_load(saved.read_text()), self.config.dump()
         for config in (before, now):
-            for key in ("ray", "runs", "storage", "tune", "select"):
+            for key in ("ray", "runs", "storage", "tune", "select", "follow"):
                 config.pop(key, None)
             # It counts for the periods that are labelled from now on; tickets hold what counts for the others.
             for teacher in (config.get("teachers") or {}).values():
@@ -341,23 +446,48 @@ class Pipeline:
                 f"{saved}: {key!r} differs from the config given; resume with the run's own config, or --overwrite"
             )
 
-    def run(self, watch: Callable[[Watch], None] | None = None) -> None:
+    def _follow(self) -> None:
+        """Take periods into the stream as they become complete, and prepare them, until the run is to stop."""
+        data = self.config.data
+
+        def bring(source: Source, periods: list[str]) -> None:
+            prepare_source(
+                source, self.config.schema_, self.store, data.lanes, cpus_per_task=data.cpus_per_task, only=periods
+            )
+
+        Follower(self.config, self.stream, self.store, bring, lambda: min(self._places().values()), self._take).run()
+
+    def _take(self, arrival: Arrival) -> None:
+        """A period more, for whoever walks through them here; workers read it from the stream."""
+        self.specs = [spec.model_copy(update={"periods": (*spec.periods, arrival.period)}) for spec in self.specs]
+        self.arrivals = [*self.arrivals, arrival]
+        self.periods = (*self.periods, arrival.period)
+        self.records.specs, self.records.periods = self.specs, self.periods
+
+    def run(self, watch: Callable[[Watch], None] | None = None, stop: Callable[[], bool] | None = None) -> None:
         """Run all parts to their end. Ray must be running.
+
+        Args:
+            watch: called several times a second with the state of the parts.
+            stop: asked as often; once it says so, a run that follows stops where it can be gone on with.
 
         Raises:
             RayfmError: the first failure of any part.
         """
         check_capacity(self.config, *cluster_resources())
         # Before anything is started: is what the store holds ours?
-        missing_periods(self.source, self.config.schema_, self.store, self.config.data.lanes)
+        if not self.follow or self.config.follow.prepare:
+            missing_periods(self.source, self.config.schema_, self.store, self.config.data.lanes)
         self.records.start()
+        shown: dict[str, Lag] = {}
+        written = 0.0
         parts: dict[Future[Any], str] = {}
         with ThreadPoolExecutor(max_workers=2 + 2 * len(self.specs)) as pool:
 
             def start(name: str, work: Callable[..., Any], *arguments: Any) -> None:
                 parts[pool.submit(work, *arguments)] = name
 
-            start("prepare", self.prepare)
+            start("prepare", self._follow if self.follow else self.prepare)
             for spec in self.specs:
                 start(spec.name, self.train, spec)
             for spec in self.specs:
@@ -374,8 +504,14 @@ class Pipeline:
                     if error is not None and failure is None:
                         failure = error
                         self.tickets.fail(parts[part], str(error))
+                if stop is not None and stop() and not self.tickets.stopping():
+                    self.tickets.stop()
                 for record in self.records.refresh():
                     self._collect(record)
+                behinds = self.lags()
+                if behinds != shown and time.monotonic() - written >= WRITE_EVERY_S:
+                    self.write_events()
+                    shown, written = behinds, time.monotonic()
                 if watch is not None:
                     watch(self.watch())
         if failure is not None:
@@ -404,8 +540,15 @@ class Pipeline:
         handle = self.serve(teacher)
         try:
             self.label(teacher, handle, periods, timeout)
+        except StopRequested:
+            log.info("labels of %s: stopped between two periods", teacher)
         finally:
             stop_teacher(self.config.name, teacher)
+
+    def write_events(self) -> None:
+        """Bring ``progress.jsonl`` up to date."""
+        arrived = {arrival.period: arrival.at for arrival in self.arrivals}
+        self.records.events(arrived, [lag_event(found) for found in self.lags().values()])
 
     def finish(self) -> tuple[dict[str, Any], Path]:
         """Summary, event log and report from what the run left."""
@@ -413,7 +556,7 @@ class Pipeline:
 
         self.records.start()
         self.records.refresh()
-        self.records.events()
+        self.write_events()
         summary = self.records.summary()
         return summary, write_report(self.run_dir)
 
@@ -423,6 +566,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     watch: Callable[[Watch], None] | None = None,
+    follow: bool = False,
 ) -> RunResult:
     """Prepare, train the teachers, label, train the students, evaluate and report.
 
@@ -431,17 +575,22 @@ def run(
         resume: go on with the run of this name where it was stopped or killed.
         overwrite: remove a run of this name first.
         watch: called several times a second with the state of the parts.
+        follow: go on with every period that becomes complete, until SIGTERM or Ctrl-C.
 
     Raises:
         RayfmError: the first failure of any part, as one line.
     """
     started = time.perf_counter()
-    pipeline = Pipeline(config)
-    pipeline.open(resume, overwrite)
-    with ray_session(config.ray):
-        pipeline.run(watch)
-    summary, report = pipeline.finish()
-    return RunResult(pipeline.run_dir, summary, report, time.perf_counter() - started)
+    signals = StopSignals()
+    with signals if follow else contextlib.nullcontext():
+        pipeline = Pipeline(config, follow=follow, anew=overwrite)
+        pipeline.open(resume, overwrite)
+        with ray_session(config.ray):
+            if follow:
+                signals.install()  # starting Ray has taken SIGTERM
+            pipeline.run(watch, signals.asked if follow else None)
+        summary, report = pipeline.finish()
+    return RunResult(pipeline.run_dir, summary, report, time.perf_counter() - started, signals.asked())
 
 
 def _make_folder(path: Path) -> None:

@@ -16,6 +16,7 @@ from rayfm.config import DataError, LabelError, RayfmError
 from rayfm.data.store import ExampleStore
 from rayfm.pipeline.config import LabelsConfig
 from rayfm.snapshots.metadata.base import Conflict, MetadataStore
+from rayfm.training.follow import StopRequested
 from rayfm.training.spec import PinnedLabels
 
 POLL_S = 0.05
@@ -52,6 +53,7 @@ class Tickets:
 
         Raises:
             RayfmError: some part of the run failed.
+            StopRequested: the run was asked to stop.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -59,6 +61,7 @@ class Tickets:
             if found is not None:
                 return found
             self.check()
+            self.check_stop()
             if deadline is not None and time.monotonic() >= deadline:
                 return None
             time.sleep(POLL_S)
@@ -84,7 +87,35 @@ class Tickets:
 
     def clear_failure(self) -> None:
         """Forget a failure, to resume."""
-        entry = self.metadata.get(self._key("failed"))
+        self._delete(self._key("failed"))
+
+    def stop(self) -> None:
+        """Ask a run that follows to stop: every wait ends, every trainer checkpoints the step under way."""
+        self._set(self._key("stop"), {})
+
+    def stopping(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self.metadata.get(self._key("stop")) is not None
+
+    def check_stop(self) -> None:
+        """Raises StopRequested where the run was asked to stop."""
+        if self.stopping():
+            raise StopRequested
+
+    def clear_stop(self) -> None:
+        """Forget that the run was asked to stop, to go on."""
+        self._delete(self._key("stop"))
+
+    def all(self, kind: str, owner: str) -> list[dict[str, Any]]:
+        """An owner's tickets of one kind, in the order of their periods."""
+        return [json.loads(entry.value) for entry in self.metadata.list(self._key(kind, owner) + "/")]
+
+    def remove(self, kind: str, owner: str, period: str) -> None:
+        """Take a ticket back, if it is there."""
+        self._delete(self._key(kind, owner, period))
+
+    def _delete(self, key: str) -> None:
+        entry = self.metadata.get(key)
         if entry is not None:
             self.metadata.delete(entry.key, entry.revision)
 
@@ -133,6 +164,7 @@ class TrainerTickets:
         deadline = time.monotonic() + self.prepare_timeout
         while not (self.store.period_dir(period) / "manifest.json").exists():
             self.tickets.check()
+            self.tickets.check_stop()
             if time.monotonic() >= deadline:
                 self.store.manifest(period)  # says what is missing
             time.sleep(POLL_S)

@@ -265,6 +265,26 @@ def training(run: Run) -> Section:
         if body:
             header = ["term", "first period", what, "last period", what]
             section.parts.append(Listing(title, header, body, folded=True))
+    behind = run.events("lag", "trainer")
+    if behind:
+        delays: dict[str, float] = {e["trainer"]: e["delay_s"] for e in events if "delay_s" in e}
+        body = [
+            [
+                (str(event["trainer"]), "name"),
+                (str(event["newest"]), "name"),
+                (str(event["trained"] or "-"), "name"),
+                str(event["periods"]),
+                number(event["seconds"], 0),
+                number(delays.get(event["trainer"]), 1),
+            ]
+            for event in behind
+        ]
+        header = ["trainer", "newest complete", "newest published", "periods behind", "seconds behind", "took (s)"]
+        note = (
+            "Seconds behind: from the end of the newest published period to that of the newest complete one, in the "
+            "data's time. Took: from when the run saw the newest published period to be complete to its record."
+        )
+        section.parts.append(Listing("Behind the stream", header, body, note))
     published = run.events("published", "model", "version")
     if published:
         body = [

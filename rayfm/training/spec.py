@@ -48,6 +48,8 @@ class TrainerSpec(Config):
     evaluated_share: float = 0.0
     """Share of the considerations that are predicted and scored."""
     replicates: int = 200
+    follow: bool = False
+    """Whether more periods come after those named; the coordinator then knows the next one."""
 
     @property
     def folder(self) -> Path:

@@ -289,7 +289,7 @@ def test_a_log_gets_lines_of_progress_in_place_of_bars(capsys, tmp_path):
     )
     config = PipelineConfig.model_validate(mapping(tmp_path))
     watch = SimpleNamespace(
-        pipeline=SimpleNamespace(periods=("1", "2"), specs=[first, second]),
+        pipeline=SimpleNamespace(follow=False, periods=("1", "2"), specs=[first, second]),
         prepared=1,
         trained={"fm": (0.5, "train 1"), "students": (0.0, "starting")},
         labelled={"fm": (0, 1)},

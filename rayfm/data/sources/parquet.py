@@ -208,7 +208,9 @@ class ParquetSource(Source):
         read = functools.partial(
             read_units, units=units, config=self._parquet, schema=self.schema, wanted=self._wanted, periods=periods
         )
-        return ray.data.range(len(units), override_num_blocks=len(units)).map_batches(
+        # Not range: its tasks ask for a whole CPU each, which may not be free beside trainers.
+        positions = [{"id": position} for position in range(len(units))]
+        return ray.data.from_items(positions, override_num_blocks=len(units)).map_batches(
             read, batch_size=None, batch_format="pyarrow", num_cpus=self.cpus_per_task
         )
 

@@ -1,0 +1,80 @@
+"""A run that follows, as a user starts and stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from example_store import DAY_US, every_feature_rows
+from small_pipeline import FIRST_DAY_US, write_config
+
+from rayfm.pipeline.config import load_config
+from rayfm.pipeline.stream import Pipeline
+
+DAYS = [f"2024-01-{day:02d}" for day in range(1, 6)]
+ROWS = 40
+
+
+def begin(folder: Path, day: int) -> None:
+    """The log gets a day; so the day before it is complete."""
+    table = every_feature_rows(ROWS, seed=day, start=FIRST_DAY_US + (day - 1) * DAY_US)
+    path = folder / "log" / f"{DAYS[day - 1]}.parquet"
+    pq.write_table(table, path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
+
+
+@pytest.mark.timeout(400)
+def test_a_run_follows_its_log_until_it_is_terminated(tmp_path: Path) -> None:
+    path = write_config(tmp_path, follow={"poll_s": 0.2}, ray={"cpus": 2})  # three days, two of them complete
+    run_dir = tmp_path / "runs" / "small"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rayfm.cli.main", "run", str(path), "--follow"],
+        env=os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+    def wait_for(day: int) -> None:
+        deadline = time.monotonic() + 180
+        marker = run_dir / "trainers" / "students" / "periods" / f"{DAYS[day - 1]}.json"
+        while not marker.exists():
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline, f"the students never finished day {day}"
+            time.sleep(0.05)
+
+    try:
+        wait_for(2)
+        begin(tmp_path, 4)
+        begin(tmp_path, 5)
+        wait_for(4)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert f"stopped; go on with: rayfm run {path} --resume --follow" in output
+    events = [json.loads(line) for line in (run_dir / "progress.jsonl").read_text().splitlines()]
+    for trainer in ("fm", "students"):
+        trained = [event for event in events if event["event"] == "trained" and event["trainer"] == trainer]
+        assert [(event["period"], event["examples"]) for event in trained] == [(day, ROWS) for day in DAYS[:4]]
+        assert all(event["delay_s"] >= 0 for event in trained)
+    assert [event["period"] for event in events if event["event"] == "labelled"] == DAYS[1:4]
+    behind = {event["trainer"]: (event["trained"], event["periods"]) for event in events if event["event"] == "lag"}
+    assert behind == {"fm": (DAYS[3], 0), "students": (DAYS[3], 0)}
+    published = [
+        event["version"] for event in events if event["event"] == "published" and event["model"] == "vm.none.1"
+    ]
+    assert len(published) == 4
+    assert (run_dir / "report.html").exists()
+    assert json.loads((run_dir / "summary.json").read_text())["periods"] == DAYS[1:4]
+    pipeline = Pipeline(load_config(path), follow=True)
+    assert pipeline.periods == tuple(DAYS[:4]), "the day that goes on is left for later"
+    assert not pipeline.stream.ended()
