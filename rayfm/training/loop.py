@@ -6,7 +6,7 @@ Runs the same in a Ray Train worker and in a plain process; every rank walks thr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ from rayfm.training.calibration import Calibration, start_calibrations
 from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, world_device
 from rayfm.training.divergence import DivergenceError
 from rayfm.training.export_check import CHECKED_ROWS, check_draft, first_step, trained_rows
+from rayfm.training.follow import Following, StopRequested, ask_or_stop, unless_stopped
 from rayfm.training.learner import Learner
 from rayfm.training.ledger import Ledger
 from rayfm.training.lost_labels import lose_labels
@@ -82,11 +83,14 @@ class TrainingLoop:
         self.calibration: dict[str, Fits] = {}
         self._ray_reader: RayDataReader | None = None
         self._last_progress = 0.0
+        self._following = Following(coordinator, self._agree) if spec.follow else None
 
     def run(self) -> None:
-        """Train from the newest checkpoint, or from the start, through the last period."""
+        """Train from the newest checkpoint, or from the start, through the last period, or until asked to stop."""
         try:
             self._walk()
+        except StopRequested:
+            self.checkpoints.finish()  # the newest checkpoint says where to go on
         finally:
             self.checkpoints.close()
             if self.ledger is not None:
@@ -98,21 +102,36 @@ class TrainingLoop:
         if state is not None and not under_way:
             # The checkpoint comes first, so that a crash right after it loses nothing: publish what it holds.
             self._finish(first - 1, state.partial)
-        for index in range(first, len(self.spec.periods)):
+        for index in self._places(first):
             try:
                 self._period(index, state if under_way and index == first else None)
             finally:
                 if self.label_source is not None:
                     self.label_source.release()  # the period's readers are done, or nobody goes on with them
 
+    def _places(self, first: int) -> Iterator[int]:
+        """Places of the periods from ``first`` on; where the trainer follows, as long as more come."""
+        index = first
+        while index < len(self.spec.periods) or self._grow():
+            yield index
+            index += 1
+
+    def _grow(self) -> bool:
+        """Wait for the next period. Returns whether there is one."""
+        grown = None if self._following is None else self._following.grown(self.spec)
+        self.spec = grown or self.spec
+        return grown is not None
+
+    def _stops(self) -> bool:
+        """Between two steps: whether to stop here."""
+        return self._following is not None and self._following.stops()
+
     def _period(self, index: int, resumed: CheckpointState | None) -> None:
         """Predict, train, checkpoint, publish one period; or go on with one that ``resumed`` was in the middle of."""
         period = self.spec.periods[index]
         parts, started = PeriodParts(), time.perf_counter()
         with parts.timed("wait"):
-            if self.rank == 0:
-                self.coordinator.wait_prepared(period)
-            self._barrier()
+            self._agree(lambda: self.coordinator.wait_prepared(period))
         self.store.check_schema(period, self.spec.schema_)
         self._check_requests(period)
         if self._trains(index):
@@ -204,6 +223,8 @@ class TrainingLoop:
         steps = reader.steps(period)
         for step, cpu_batch in enumerate(parts.iterate(reader.batches(period))):
             self._report(period, step, steps, "predict")
+            if self._stops():
+                raise StopRequested  # the period is predicted from its start when the run goes on
             copies = bootstrap_weights(cpu_batch.user, self.spec.replicates) if self.spec.replicates else None
             batch = cpu_batch.to(self.device)
             for learner in self.learners:
@@ -297,9 +318,13 @@ class TrainingLoop:
                     sums[1] += weight
             if self.ledger is not None:
                 self.ledger.enter(period, step, cpu_batch.example_id.numpy())
-            if step + 1 < steps and self.schedule.due(step, self.checkpoints.busy):
+            stop = step + 1 < steps and self._stops()
+            if stop or (step + 1 < steps and self.schedule.due(step, self.checkpoints.busy)):
                 cursor = Cursor(finished=self.spec.periods[:index], period=period, step=step + 1)
-                self._checkpoint(cursor, labels, partial, parts, wait=not self.spec.training.async_checkpoints)
+                wait = stop or not self.spec.training.async_checkpoints
+                self._checkpoint(cursor, labels, partial, parts, wait=wait)
+            if stop:
+                raise StopRequested
         for learner in self.learners:
             for part, seconds in vars(learner.clock).items():
                 parts.add(part, seconds)
@@ -443,6 +468,9 @@ class TrainingLoop:
             self._barrier()
         if state is None:
             return 0, None
+        if self._following is not None:
+            cursor = state.cursor
+            self.spec = self._following.caught_up(self.spec, len(cursor.finished) + (cursor.period is not None))
         index = state.cursor.index(self.spec.periods, str(self.checkpoints.root))
         self.steps_done = dict(state.steps_done)
         fits = state.partial.get("calibration", {})
@@ -486,10 +514,10 @@ class TrainingLoop:
 
     def _agree(self, ask: Callable[[], AnswerT]) -> AnswerT:
         """Rank 0 asks; every rank gets the answer."""
-        answer: list[Any] = [ask() if self.rank == 0 else None]
+        answer: list[Any] = [ask_or_stop(ask) if self.rank == 0 else None]
         if self.world > 1:
             dist.broadcast_object_list(answer, src=0)
-        result: AnswerT = answer[0]
+        result: AnswerT = unless_stopped(answer[0])
         return result
 
     def _barrier(self) -> None:
