@@ -36,8 +36,12 @@ REQUESTS = 2000
 PRODUCTION = "production"
 """The cascade as it logged: every stage a production model."""
 
+COPY = "a copy of ranking"
+"""In a variant's place: the stage predicts what the production ranking model does, as a student would that has learned
+all there is to learn from it."""
+
 Stages = Mapping[str, str]
-"""Stage -> variant of the student in its place. A later stage comes after an earlier one."""
+"""Stage -> variant of the student in its place, or `COPY`. A later stage comes after an earlier one."""
 
 
 def served_shares(
@@ -58,8 +62,8 @@ def served_shares(
             ``early`` is asked for what any retrieval stage passes on, the production model's included.
 
     Returns:
-        Cascade -> the share per student seed (one for `PRODUCTION`, which has no students and is always there), with
-        replicates by user, paired over all cascades.
+        Cascade -> the share per student seed (one for those without students: copies, and `PRODUCTION`, which is
+        always there), with replicates by user, paired over all cascades.
     """
     config = study_config(study, runner.scope, "", "x")
     wanted: dict[str, Stages] = {PRODUCTION: {}, **cascades}
@@ -80,7 +84,12 @@ def served_shares(
 
 def _models(cascades: Mapping[str, Stages]) -> list[tuple[str, str]]:
     """(stage, variant) of every student that is needed."""
-    return sorted({(stage, variant) for stages in cascades.values() for stage, variant in stages.items()})
+    return sorted({place for stages in cascades.values() for place in stages.items() if place[1] != COPY})
+
+
+def _seeds(stages: Stages, seeds: tuple[int, ...]) -> tuple[int, ...]:
+    """The student seeds that a cascade is served with; 0 where it has no student."""
+    return seeds if set(stages.values()) - {COPY} else (0,)
 
 
 def _measure(
@@ -90,14 +99,13 @@ def _measure(
     source, seeds, tested = config.data.source, runner.scope.seeds, runner.test_periods(study)
     assert isinstance(source, SimulatorConfig), "tables that ask for a truth refuse other sources"
     sums: dict[str, Array] = {
-        name: np.zeros((len(seeds) if stages else 1, 1 + runner.scope.replicates)) for name, stages in cascades.items()
+        name: np.zeros((len(_seeds(stages, seeds)), 1 + runner.scope.replicates)) for name, stages in cascades.items()
     }
     best = np.zeros(1 + runner.scope.replicates)
     for period, replay in _replays(source, runner.scope.periods, tested):
         copies = bootstrap_weights(torch.from_numpy(replay.user), runner.scope.replicates).double().numpy()
         weights = np.concatenate([np.ones((len(copies), 1)), copies], axis=1)
         best += replay.best @ weights
-        sums[PRODUCTION][0] += replay.served({}) @ weights
         folders = {
             (stage, variant, seed): runner.published(study, students[stage], variant, seed, period)
             for stage, variant in _models(cascades)
@@ -108,9 +116,10 @@ def _measure(
             for place, (folder, key, version) in folders.items()
         }
         grids = _grids(replay, config, models)
+        copy = replay.predicted("ranking")
         for name, stages in cascades.items():
-            for position, seed in enumerate(seeds if stages else ()):
-                stand_ins = {stage: grids[stage, variant, seed] for stage, variant in stages.items()}
+            for position, seed in enumerate(_seeds(stages, seeds)):
+                stand_ins = {stage: copy if v == COPY else grids[stage, v, seed] for stage, v in stages.items()}
                 sums[name][position] += replay.served(stand_ins) @ weights
     return {**sums, "best": best}
 

@@ -64,6 +64,11 @@ class Replay:
         np.put_along_axis(kept, outcome.shown, True, axis=1)
         return kept
 
+    def predicted(self, stage: str) -> Floats:
+        """What the production model of a stage predicts of every candidate, ``[R, C]``."""
+        with single_thread(self.config.seed):
+            return self._production[stage](self.pool)
+
     def served(self, stand_ins: Mapping[str, Floats]) -> npt.NDArray[np.float64]:
         """True expected CPM of what the cascade shows each request, ``[R]``.
 

@@ -14,7 +14,7 @@ from rayfm.reproduce import served as module
 from rayfm.reproduce.parts import student
 from rayfm.reproduce.runner import DONE, Runner
 from rayfm.reproduce.scope import Scope, open_scope
-from rayfm.reproduce.served import PRODUCTION, served_shares
+from rayfm.reproduce.served import COPY, PRODUCTION, served_shares
 from rayfm.reproduce.splits import progressive
 from rayfm.reproduce.study import Study, fingerprint
 
@@ -23,6 +23,7 @@ CASCADES = {
     "neither": {"retrieval": "none", "early": "none"},
     "both": {"retrieval": "good", "early": "good"},
     "first": {"retrieval": "good"},
+    "copied": {"retrieval": COPY, "early": COPY},
 }
 
 
@@ -58,13 +59,15 @@ def test_the_share_of_cascades_by_hand(scope: Scope, tmp_path: Path, monkeypatch
     wanted = study(scope)
     runner = trained(scope, tmp_path, wanted)
     asked: list[tuple[str, str]] = []
-    replays, produced = [], []
+    replays, produced, copied = [], [], []
 
     def grids(replay, config, models):
         """A student that knows the truth, one that knows nothing; the second seed knows nothing either."""
         replays.append(replay)
         produced.append(replay.served({}).sum())
         truth = replay.value / replay.record.observation.ad_columns["ad_bid"][replay.pool]
+        monkeypatch.setattr(replay, "predicted", {"ranking": truth}.__getitem__)
+        copied.append(replay.served({"retrieval": truth, "early": truth}).sum())
         noise = np.random.default_rng(0).random(replay.pool.shape, np.float32)
         return {(stage, v, seed): truth if v == "good" and seed == 1 else noise for stage, v, seed in models}
 
@@ -83,6 +86,7 @@ def test_the_share_of_cascades_by_hand(scope: Scope, tmp_path: Path, monkeypatch
     assert [len(replay.user) for replay in replays] == [120] * len(tested)
     best = sum(replay.best.sum() for replay in replays)
     assert shares[PRODUCTION].points == pytest.approx([sum(produced) / best])
+    assert shares["copied"].points == pytest.approx([sum(copied) / best])
     assert shares["both"].points.shape == (2,)
     assert shares["both"].replicates.shape == (2, scope.replicates)
     one, nothing = shares["both"].points

@@ -258,17 +258,20 @@ def test_what_is_apart_is_shown_apart(tmp_path) -> None:
 
 
 def test_cross_stage_is_judged_on_both_kinds_and_its_value_apart(scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
-    cascades = ("production", *ukdsl.CASCADES)
+    cascades = ("production", *ukdsl.CASCADES, *(f"{name} copied" for name in ukdsl.COPIES))
     monkeypatch.setattr(ukdsl, "served_shares", lambda *of: {name: sample(0.4) for name in cascades})
     result = TABLES["ukdsl-table1"]().fill(scope, FilledRunner())
     assert [judged.claim.margin for judged in result.claims] == [None, None, ukdsl.EQUIVALENT] * 2
     assert result.claims[2].verdict == "held"
     assert [judged.claim.text for judged in result.apart] == [
-        f"value served: {name} distilled ahead of neither" for name in ("retrieval", "early", "both")
+        *(f"value served: {name} distilled ahead of neither" for name in ("retrieval", "early", "both")),
+        *(f"value served: {name} copied of ranking ahead of production" for name in ("early", "both")),
     ]
-    assert [row.labels for row in result.rows[-5:]] == [
+    assert [row.labels for row in result.rows[-7:]] == [
         ("cascade", "logged", ""),
         *(("cascade", name, "taught") for name in ("neither", "retrieval", "early", "both")),
+        ("cascade", "early", "copied"),
+        ("cascade", "both", "copied"),
     ]
     assert result.figure is not None
     assert result.figure.ticks == cascades

@@ -67,6 +67,11 @@ def test_the_production_models_show_what_they_showed() -> None:
     # As a stand-in, a production model's own predictions change nothing.
     grids = {stage: record.outcome.grid(place)[requests] for place, stage in enumerate(("retrieval", "early"))}
     assert replay.served(grids) == pytest.approx(shown[requests], rel=1e-6)
+    for place, stage in enumerate(("retrieval", "early", "ranking")):
+        said, logged = replay.predicted(stage), record.outcome.grid(place)[requests]
+        asked = ~np.isnan(logged)
+        np.testing.assert_allclose(said[asked], logged[asked], rtol=1e-6)
+        assert not np.isnan(said).any(), "of every candidate, not only of those that reached the stage"
     reached = replay.passed(grids["retrieval"])
     assert (reached.sum(1) == 20).all()
     assert np.array_equal(reached, ~np.isnan(grids["early"]))

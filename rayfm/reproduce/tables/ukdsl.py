@@ -7,7 +7,7 @@ from rayfm.metrics.intervals import estimate
 from rayfm.reproduce.parts import CLICK, student, teacher
 from rayfm.reproduce.runner import Runner
 from rayfm.reproduce.scope import SIMULATOR, Mapping, Scope
-from rayfm.reproduce.served import PRODUCTION, served_shares
+from rayfm.reproduce.served import COPY, PRODUCTION, served_shares
 from rayfm.reproduce.splits import progressive
 from rayfm.reproduce.study import Study
 from rayfm.reproduce.table import TABLES, Claim, Contest, Figure, Result, Row, Series, Table, judge
@@ -33,6 +33,10 @@ CASCADES = {
     "both": {"retrieval": "cross_stage", "early": "cross_stage"},
 }
 """Which stages are distilled -> the variants of the students in them."""
+
+
+COPIES = {"early": {"early": COPY}, "both": {"retrieval": COPY, "early": COPY}}
+"""The bound of what stages can learn from the last one: they predict just what it does."""
 
 
 @TABLES.register("ukdsl-table1")
@@ -80,15 +84,20 @@ class UKDSLTable1(Table):
                 claims.append(contest.better(text, "cross_stage", "none"))
             text = f"{name}: NE on impressions within {EQUIVALENT:.1%} of none's"
             claims.append(shown.equivalent(text, "cross_stage", "none", EQUIVALENT))
-        shares = served_shares(runner, study, {name: f"{name}_stage" for name in self.stages}, CASCADES)
+        copied = {f"{name} copied": stages for name, stages in COPIES.items()}
+        shares = served_shares(runner, study, {name: f"{name}_stage" for name in self.stages}, CASCADES | copied)
         values = {name: estimate(sample) for name, sample in shares.items()}
+        which = {PRODUCTION: ("logged", "")} | {name: tuple(name.split()) for name in copied}
         for name, value in values.items():
-            which = ("logged", "") if name == PRODUCTION else (name, "taught")
-            rows.append(Row(("cascade", *which), (None, None, None), (None, None, value)))
+            rows.append(Row(("cascade", *which.get(name, (name, "taught"))), (None,) * 3, (None, None, value)))
         apart = [
             Claim(f"value served: {name} distilled ahead of neither", "value", shares[name] - shares["neither"])
             for name in CASCADES
             if name != "neither"
+        ]
+        apart += [
+            Claim(f"value served: {name} of ranking ahead of production", "value", shares[name] - shares[PRODUCTION])
+            for name in copied
         ]
         notes = [
             "Rows shown are impressions; taught: by the next stage. calibration: mean prediction over the next stage's "
@@ -97,7 +106,8 @@ class UKDSLTable1(Table):
             "considerations.",
             "value: true CPM of what the cascade shows over the best possible, on requests of the test periods, with "
             "students of earlier periods as retrieval and early stage (those named are taught) and the production "
-            "model as ranking; logged: the production models in all stages.",
+            "model as ranking; logged: the production models in all stages; copied: these, where the stages named say "
+            "just what ranking says, as a student of it would that learned all there is to learn.",
         ]
         line = Series("share of the best possible", tuple(map(float, range(len(values)))), tuple(values.values()))
         ticks = tuple("production" if name == PRODUCTION else name for name in values)
