@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from rayfm.config import DataError
 from rayfm.data.batch import Batch
+from rayfm.data.vocabulary import Vocabulary, vocabulary_of
 from rayfm.schema import EXAMPLE_ID, TRAFFIC, WEIGHTS_SUFFIX, Feature, Schema, string_ids, table_rows
 
 IntArray = npt.NDArray[np.int64]
@@ -85,6 +87,7 @@ class Encoder:
         supervision: names of the supervision columns, in the order of ``Batch.supervision``.
         labels: whether the tables have the tasks' columns; what is served has none.
         representations: name and width of the stored representations, in the order of ``Batch.representation``.
+        vocabularies: table -> which ids have rows of their own, for the tables with ``id_policy: vocabulary``.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Encoder:
         supervision: tuple[str, ...] = (),
         labels: bool = True,
         representations: tuple[tuple[str, int], ...] = (),
+        vocabularies: Mapping[str, Vocabulary] | None = None,
     ) -> None:
         wanted = [f for f in schema.features if features is None or f.name in features]
         self.schema, self.features = schema, features
@@ -104,6 +108,7 @@ class Encoder:
         self.sequence = [f for f in wanted if f.kind == "sequence"]
         self.supervision = supervision
         self.representations = representations
+        self.vocabularies = vocabularies or {}
         self.tasks = tuple(task.name for task in schema.tasks) if labels else ()
         self._parts: dict[tuple[str, ...], Encoder] = {}
 
@@ -117,7 +122,13 @@ class Encoder:
         request that is cut in the same way."""
         found = self._parts.get(features)
         if found is None:
-            found = Encoder(self.schema, features, labels=False, representations=self.representations)
+            found = Encoder(
+                self.schema,
+                features,
+                labels=False,
+                representations=self.representations,
+                vocabularies=self.vocabularies,
+            )
             if len(self._parts) < MAX_PARTS:  # who asks chooses what stands on which side
                 self._parts[features] = found
         return found
@@ -295,14 +306,17 @@ class Encoder:
         return dense
 
     def table_rows_of(self, feature: Feature, ids: pa.Array) -> IntArray:
-        """The row of the feature's table that each id is looked up at, as encoding does: ``[N]`` int64."""
+        """The row of the feature's table that each id is looked up at, as encoding does: ``[N]`` int64.
+
+        Raises:
+            DataError: the table has a vocabulary, which the encoder was not given.
+        """
         table = self.schema.tables[feature.table_name]
-        salt = self.schema.salt(feature.table_name)
         if not pa.types.is_integer(ids.type):
             if not pa.types.is_dictionary(ids.type):
                 ids = ids.dictionary_encode()
             words = ids.dictionary
-            rows_of_words = table_rows(string_ids(words), table.rows, salt) if len(words) else np.zeros(1, np.int64)
+            rows_of_words = self._rows(feature, string_ids(words)) if len(words) else np.zeros(1, np.int64)
             indices = pc.fill_null(ids.indices, 0) if ids.null_count else ids.indices
             rows: IntArray = rows_of_words[indices.to_numpy(zero_copy_only=False)]
             return rows
@@ -312,7 +326,15 @@ class Encoder:
         if table.ids == "modulo":
             wrapped: IntArray = np.mod(values, table.rows)
             return wrapped
-        return table_rows(values, table.rows, salt)
+        return self._rows(feature, values)
+
+    def _rows(self, feature: Feature, ids: IntArray) -> IntArray:
+        """Rows of 64-bit ids: ``[N]``."""
+        name = feature.table_name
+        table = self.schema.tables[name]
+        if table.id_policy == "vocabulary":
+            return vocabulary_of(self.vocabularies, name).rows(ids)
+        return table_rows(ids, table.rows, self.schema.salt(name))
 
     def _jagged(self, feature: Feature, table: pa.Table) -> JaggedColumn:
         column = _one_array(table[feature.name])

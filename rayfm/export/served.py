@@ -17,6 +17,9 @@ from rayfm.models.base import Model, ModelConfig, ModelOutput
 from rayfm.models.build import build_model
 from rayfm.schema import Schema
 
+IDS_PREFIX = "ids."
+"""``ids.<table>``: ids with rows of their own. What encodes the requests reads them; the model has rows alone."""
+
 CALIBRATOR_PREFIX = "calibrator."
 """A snapshot's tensors are named as in the model's ``state_dict``; those of a calibrator have this before theirs."""
 
@@ -82,6 +85,7 @@ def export_model(
     # The tables are on meta, as their values come from the snapshot; the small dense layers are built as usual, so that
     # constants which no snapshot holds keep their values.
     model = build_model(model_config, schema, tasks, embedding_device=torch.device("meta"))
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(IDS_PREFIX)}
     own = {name: value for name, value in tensors.items() if not name.startswith(CALIBRATOR_PREFIX)}
     _assign(model, own)
     calibrator = None

@@ -220,7 +220,7 @@ class PipelineConfig(Config):
     """What `rayfm serve` starts; a run does not read it."""
     ray: RayConfig = RayConfig()
     follow: FollowConfig = FollowConfig()
-    """How `rayfm run --follow` looks for new periods."""
+    """How `rayfm run CONFIG --follow` looks for new periods."""
     tune: TuneConfig | None = None
     """What `rayfm tune` searches; a run does not read it."""
     select: SelectConfig | None = None

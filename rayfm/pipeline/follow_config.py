@@ -1,4 +1,4 @@
-"""How a run that follows (`rayfm run --follow`) looks for new periods."""
+"""How a run that follows (`rayfm run CONFIG --follow`) looks for new periods."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rayfm.config import Config
 
 
 class FollowConfig(Config):
-    """How `rayfm run --follow` looks for periods; a run that does not follow does not read it."""
+    """How `rayfm run CONFIG --follow` looks for periods; a run that does not follow does not read it."""
 
     prepare: bool = True
     """Whether this run prepares the periods that its source gets; false: somebody else prepares them into the store,

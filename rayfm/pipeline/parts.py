@@ -116,7 +116,7 @@ def evaluate(
     schema = Schema.model_validate(store.manifest(model, chosen).example_schema)
     tasks = [(task.name, task.kind) for task in schema.tasks if task.name in loaded.tasks]
     columns = tuple(dict.fromkeys(c for c in reference.values() if c.startswith(LOGGED_PREFIX)))
-    encoder = Encoder(schema, loaded.encoder.features, columns)
+    encoder = Encoder(schema, loaded.encoder.features, columns, vocabularies=loaded.encoder.vocabularies)
     rows: list[dict[str, Any]] = []
     for period in periods:
         if has_seen(loaded.trained_through, period):

@@ -265,6 +265,25 @@ def training(run: Run) -> Section:
         if body:
             header = ["term", "first period", what, "last period", what]
             section.parts.append(Listing(title, header, body, folded=True))
+    newest = {event["trainer"]: event for event in events if event.get("ids")}
+    body = [
+        [
+            (trainer, "name"),
+            (table, "name"),
+            f"{ids['known']:,}",
+            f"{ids['admitted']:,}",
+            f"{ids['evicted']:,}",
+            f"{ids['candidates']:,}",
+            f"{ids['refused']:,}",
+            f"{ids['coverage']:.1%}",
+        ]
+        for trainer, event in newest.items()
+        for table, ids in event["ids"].items()
+    ]
+    if body:
+        header = ["trainer", "table", "own row", "admitted", "evicted", "candidates", "no row left", "look-ups covered"]
+        note = "As of the newest period that each trainer trained on; admitted and evicted in it."
+        section.parts.append(Listing("Ids with rows of their own", header, body, note))
     behind = run.events("lag", "trainer")
     if behind:
         delays: dict[str, float] = {e["trainer"]: e["delay_s"] for e in events if "delay_s" in e}

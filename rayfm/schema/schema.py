@@ -36,6 +36,19 @@ KINDS: tuple[Kind, Kind] = ("impression", "consideration")
 FeatureKind = Literal["dense", "sparse", "multi", "weighted", "sequence"]
 
 
+class VocabularyConfig(Config):
+    """When an id gets a row of its own."""
+
+    min_count: int = Field(5, ge=1)
+    """Times that an id was seen in the impressions of the periods trained on so far, with the one about to be."""
+
+    shared_rows: int | None = Field(None, ge=1)
+    """Rows of the table that the other ids share by their hash; by default a tenth of them."""
+
+    max_candidates: int = Field(10_000_000, ge=0)
+    """Ids whose count is remembered before they have a row, 16 bytes each; of more, the most frequent ones."""
+
+
 class Table(Config):
     """An embedding table that one or more features look up."""
 
@@ -48,6 +61,37 @@ class Table(Config):
     ids: Literal["hash", "modulo"] = "hash"
     """``modulo``: ids are integers that count from 0 already, and the row is ``id mod rows``: no two ids below ``rows``
     collide, which a hash into a table of n ids' size makes for a third of them."""
+
+    id_policy: Literal["hash", "vocabulary"] = "hash"
+    """``vocabulary``: ids that were seen often enough have rows of their own, the others share a hashed part."""
+
+    vocabulary: VocabularyConfig = VocabularyConfig()
+    """With ``id_policy: vocabulary``."""
+
+    @property
+    def shared_rows(self) -> int:
+        """Rows at the table's start that ids without one of their own share; all of them without a vocabulary."""
+        if self.id_policy == "hash":
+            return self.rows
+        return self.vocabulary.shared_rows or max(1, self.rows // 10)
+
+    @model_validator(mode="after")
+    def _ids_fit(self) -> Table:
+        if self.id_policy == "hash":
+            if self.vocabulary != VocabularyConfig():
+                raise ValueError("'vocabulary' goes with id_policy: vocabulary; set that, or leave it out")
+            return self
+        if self.ids == "modulo":
+            raise ValueError(
+                "ids: modulo gives every id the row of its number, and id_policy: vocabulary gives rows in order of "
+                "admission; leave one of them out"
+            )
+        if self.shared_rows >= self.rows:
+            raise ValueError(
+                f"vocabulary.shared_rows {self.shared_rows} leaves none of the {self.rows} rows to an id of its own; "
+                "lower it, or raise 'rows'"
+            )
+        return self
 
 
 class Feature(Config):

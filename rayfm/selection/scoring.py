@@ -34,6 +34,7 @@ from rayfm.schema import EXAMPLE_ID, Kind, Schema, Task
 from rayfm.selection.importance import Float64, Importance, Int64, batch_bounds, loss_changes, shuffle_orders, summarise
 from rayfm.selection.replay import Replay, replayable
 from rayfm.selection.shuffle import shuffled
+from rayfm.snapshots.ids import load_vocabularies
 from rayfm.snapshots.load import SnapshotStore
 
 
@@ -135,7 +136,8 @@ class ItemScorer:
         model = export_model(config, schema, manifest.tasks, tensors).model
         tasks = tuple(schema.task(name) for name in manifest.tasks)
         supervision = tuple(f"{self.measured.teacher}/{task.name}" for task in tasks)
-        return model, schema, tasks, Encoder(schema, config.features, supervision)
+        vocabularies = load_vocabularies(store, self.measured.model, self.measured.version)
+        return model, schema, tasks, Encoder(schema, config.features, supervision, vocabularies=vocabularies)
 
     def score(self, item: Item) -> None:
         """Score an item and write its file, unless it stands.

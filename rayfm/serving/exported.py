@@ -10,6 +10,7 @@ from rayfm.export.student import export_student
 from rayfm.models.base import MODELS, ModelConfig
 from rayfm.schema import Schema
 from rayfm.serving.teacher import LoadedVersion
+from rayfm.snapshots.ids import load_vocabularies
 from rayfm.snapshots.load import SnapshotStore
 
 log = logging.getLogger(__name__)
@@ -34,5 +35,6 @@ def load_exported(store: SnapshotStore, model: str, version: str, config: Compil
             log.warning("%s@%s is not served as %s: %s", model, version, form, result.refused)
     log.info("%s@%s is served as %s", model, version, student.form)
     histories = tuple((history.name, history.width or 0) for history in model_config.histories)
-    encoder = Encoder(schema, model_config.features, labels=False, representations=histories)
+    vocabularies = load_vocabularies(store, model, version)
+    encoder = Encoder(schema, model_config.features, labels=False, representations=histories, vocabularies=vocabularies)
     return LoadedVersion(version, manifest.trained_through, student, encoder, manifest.tasks)

@@ -28,6 +28,7 @@ from rayfm.serving.http.codecs import Payload, check_finite, encode, reply_heade
 from rayfm.serving.http.config import LimitsConfig
 from rayfm.serving.http.problems import Problem, problem_of, unavailable
 from rayfm.serving.requests import conform_rows
+from rayfm.snapshots.ids import load_vocabularies
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata import open_metadata
 
@@ -83,7 +84,8 @@ def load_version(store: SnapshotStore, model: str, version: str) -> LoadedVersio
     served = export_model(config, schema, manifest.tasks, tensors)
     served.eval()
     histories = tuple((history.name, history.width or 0) for history in config.histories)
-    encoder = Encoder(schema, config.features, labels=False, representations=histories)
+    vocabularies = load_vocabularies(store, model, version)
+    encoder = Encoder(schema, config.features, labels=False, representations=histories, vocabularies=vocabularies)
     return LoadedVersion(version, manifest.trained_through, served, encoder, manifest.tasks)
 
 

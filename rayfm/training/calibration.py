@@ -52,7 +52,13 @@ class CountsCalibration(Config):
         sparse = [feature.name for feature in schema.features if feature.kind == "sparse"]
         if self.by not in sparse:
             raise ConfigError(f"calibrate.by: {self.by!r} is no sparse feature{nearest(self.by, [TRAFFIC, *sparse])}")
-        rows = schema.tables[schema.feature(self.by).table_name].rows
+        table = schema.tables[schema.feature(self.by).table_name]
+        if table.id_policy != "hash":
+            raise ConfigError(
+                f"calibrate.by: the rows of {self.by!r} are given away as ids come, and a cell's counts would be of "
+                "another id later; give it a table with id_policy: hash, or take another feature"
+            )
+        rows = table.rows
         if rows > MAX_CELLS:
             raise ConfigError(
                 f"calibrate.by: {self.by!r} has a table of {rows} rows, and each is a cell; at most {MAX_CELLS} can be"

@@ -34,6 +34,7 @@ from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, worl
 from rayfm.training.divergence import DivergenceError
 from rayfm.training.export_check import CHECKED_ROWS, check_draft, first_step, trained_rows
 from rayfm.training.follow import Following, StopRequested, ask_or_stop, unless_stopped
+from rayfm.training.ids import Vocabularies
 from rayfm.training.learner import Learner
 from rayfm.training.ledger import Ledger
 from rayfm.training.lost_labels import lose_labels
@@ -79,6 +80,8 @@ class TrainingLoop:
         self.checkpoints = Checkpoints(spec.folder / "checkpoints", spec.training.keep_checkpoints)
         self.schedule = Schedule(spec.training, self._agree)
         self.ledger = Ledger(spec.folder / "ledger", self.rank) if spec.training.ledger else None
+        keep = spec.training.keep_checkpoints + 1
+        self.ids = Vocabularies(spec.schema_, spec.features, self.store, spec.folder / "ids", keep)
         self.steps_done = {learner.config.key: 0 for learner in self.learners}
         self.calibration: dict[str, Fits] = {}
         self._ray_reader: RayDataReader | None = None
@@ -152,6 +155,7 @@ class TrainingLoop:
             "cpu_seconds": time.process_time() - cpu_before,
             "losses": losses,
             "parts": parts.seconds,
+            "ids": partial.get("ids", {}),
             "calibration": self.calibration,
         }
         # It stands before the period is published: what was published is never trained again from before.
@@ -290,6 +294,8 @@ class TrainingLoop:
         if resumed is not None:
             labels = resumed.labels
         else:
+            with parts.timed("ids"):
+                partial["ids"] = self.ids.learn(period)
             with parts.timed("wait"):
                 labels = self._agree(lambda: self.coordinator.wait_labels(period)) if self.spec.teachers else {}
         reader = self._training_reader(index, start, labels)
@@ -347,6 +353,7 @@ class TrainingLoop:
             ahead = self.spec.periods[index : self.spec.trained]
             known = [period for period in ahead if period in prepared]
             self._ray_reader = RayDataReader(plan, encoder, known, self.rank, self.world, start)
+        self._ray_reader.encoder = encoder  # the period's: vocabularies grow
         return self._ray_reader
 
     def _histories(self) -> dict[str, HistoryFeature]:
@@ -367,7 +374,13 @@ class TrainingLoop:
         histories = self._histories()
         read = {**(widths or {}), **{name: history.width or 0 for name, history in histories.items()}}
         representations = tuple(read.items())
-        encoder = Encoder(self.spec.schema_, features, supervision, representations=representations)
+        encoder = Encoder(
+            self.spec.schema_,
+            features,
+            supervision,
+            representations=representations,
+            vocabularies=self.ids.current,
+        )
         lookups: list[Lookup] = []
         truth = tuple(name for name in supervision if name.startswith("truth/"))
         if truth:
@@ -426,6 +439,8 @@ class TrainingLoop:
         slices = list(learner.slices())
         if self.rank == 0 and (config.calibrate or config.logit_shift):
             slices += self._calibrator_slices(learner)
+        if self.rank == 0:
+            slices += self.ids.slices(config.model.features)
         mine = writer.write(self.rank, slices)
         files: list[Any] = [mine]
         if self.world > 1:
@@ -472,6 +487,7 @@ class TrainingLoop:
             cursor = state.cursor
             self.spec = self._following.caught_up(self.spec, len(cursor.finished) + (cursor.period is not None))
         index = state.cursor.index(self.spec.periods, str(self.checkpoints.root))
+        self.ids.restore(self._counted_through(state.cursor, index))
         self.steps_done = dict(state.steps_done)
         fits = state.partial.get("calibration", {})
         self.calibration = {key: {task: (a, b) for task, (a, b) in own.items()} for key, own in fits.items()}
@@ -479,6 +495,13 @@ class TrainingLoop:
             sums = torch.tensor([state.rates[task] for task, _ in self.tasks], dtype=torch.float64)
             self.rates.load_state_dict({"sums": sums})
         return index, state
+
+    def _counted_through(self, cursor: Cursor, index: int) -> str | None:
+        """The last period whose ids were counted before a checkpoint was made."""
+        if cursor.period is not None:
+            return cursor.period
+        trained = index if self.spec.trained is None else min(index, self.spec.trained)
+        return self.spec.periods[trained - 1] if trained else None
 
     def _kept(self) -> str:
         """What a run that stops now leaves to go back to."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from rayfm.config import Config
 from rayfm.data.batch import Batch
+from rayfm.data.vocabulary import IdsRecord
 from rayfm.export.calibration import Fits
 
 
@@ -52,6 +53,8 @@ class PeriodRecord(Config):
     seconds: float
     parts: dict[str, float]
     losses: dict[str, float]
+    ids: dict[str, IdsRecord] = {}
+    """Table with a vocabulary -> what became of its ids, where the period was trained on."""
     calibration: dict[str, Fits] = {}
     """Learner -> task -> slope and shift as of this period: fitted on its predictions, or before where it has no fit.
     Its snapshot holds them, where the period was trained on, with ``logit_shift`` added to the shift."""

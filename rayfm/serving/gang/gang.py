@@ -18,6 +18,7 @@ from rayfm.data.encode import Encoder
 from rayfm.models.base import MODELS
 from rayfm.schema import Schema
 from rayfm.serving.gang.errors import GangBroken, MemberLost
+from rayfm.snapshots.ids import load_vocabularies
 from rayfm.snapshots.load import SnapshotStore
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,12 @@ class Gang:
         """
         manifest = self.store.manifest(self.model, version)  # refused here, before any member is asked
         config = MODELS[manifest.config["type"]].Config.model_validate(manifest.config)
-        encoder = Encoder(Schema.model_validate(manifest.example_schema), config.features, labels=False)
+        encoder = Encoder(
+            Schema.model_validate(manifest.example_schema),
+            config.features,
+            labels=False,
+            vocabularies=load_vocabularies(self.store, self.model, version),
+        )
         with self._loading:
             number = next(self._numbers)
             self._all_or_none(number, version, "load", [(number, version)] * self.world)

@@ -17,10 +17,11 @@ from rayfm.config import SnapshotError
 from rayfm.data.batch import Batch
 from rayfm.data.encode import Encoder
 from rayfm.export.calibrator import Calibrator
-from rayfm.export.served import CALIBRATOR_PREFIX, probabilities
+from rayfm.export.served import CALIBRATOR_PREFIX, IDS_PREFIX, probabilities
 from rayfm.models.base import MODELS, ModelConfig
 from rayfm.models.build import build_model
 from rayfm.schema import Schema
+from rayfm.snapshots.ids import load_vocabularies
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import SnapshotManifest
 from rayfm.training.config import TrainingConfig
@@ -75,13 +76,15 @@ class ShardedVersion:
         self._read(store, manifest)
         self.calibrator = self._calibrator(store, model, version, set(manifest.tensors))
         self.dmp.eval()
-        self.encoder = Encoder(self.schema, config.features, labels=False)
+        vocabularies = load_vocabularies(store, model, version)
+        self.encoder = Encoder(self.schema, config.features, labels=False, vocabularies=vocabularies)
 
     @torch.no_grad()
     def _read(self, store: SnapshotStore, manifest: SnapshotManifest) -> None:
         """Fill every shard and dense tensor from the files, reading no more of them than that. Nothing is exchanged."""
         model, version = manifest.model, manifest.version
-        stored = {name: record for name, record in manifest.tensors.items() if not name.startswith(CALIBRATOR_PREFIX)}
+        beside = (CALIBRATOR_PREFIX, IDS_PREFIX)
+        stored = {name: record for name, record in manifest.tensors.items() if not name.startswith(beside)}
         state = self.dmp.state_dict()
         if set(stored) != set(state):
             name = min(set(stored) ^ set(state))
