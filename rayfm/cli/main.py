@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rayfm.cli import labels, nearline, snapshots
+from rayfm.cli import checkpoints, labels, nearline, snapshots
 from rayfm.cli.augment import augment
 from rayfm.cli.runs import RunFolder
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Inspect and check configurations.")
 app.add_typer(config_app, name="config")
 app.add_typer(snapshots.app, name="snapshots")
+app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(labels.app, name="labels")
 app.add_typer(nearline.app, name="nearline")
 

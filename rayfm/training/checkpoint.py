@@ -77,7 +77,7 @@ class CheckpointState(Config):
     """Of the period under way: examples, sums of loss terms, the calibrators' fits. At a period's end its record."""
     world: int = 1
     tables: dict[str, dict[str, Carried]] = {}
-    """Learner -> table -> what its optimiser's state depends on."""
+    """Learner -> table of a collection -> what its optimiser's state depends on."""
 
 
 class Checkpoints:
@@ -192,6 +192,8 @@ def _changed(path: Path) -> float:
 
 
 def _unfit(path: Path, error: BaseException) -> RayfmError:
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))  # of the first rank; the others' are the like
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     return RayfmError(
         f"{path}: the checkpoint does not fit this run ({first}); start a new run, or remove the checkpoint"

@@ -78,7 +78,9 @@ def parameters(state: dict[str, Any], schema: Schema) -> list[Finding]:
     """This rank's rows of tables, and other parameters, that are not finite, or huge."""
     found = []
     for name, value in state.items():
-        table = name.split(".")[-2] if ".embedding_bags." in name or ".embeddings." in name else None
+        parts = name.split(".")
+        is_table = {"embedding_bags", "embeddings"} & set(parts) and parts[-2] in schema.tables
+        table = parts[-2] if is_table else None
         for shard, row, _ in local_shards(value):
             if not shard.is_floating_point() or not shard.numel():
                 continue

@@ -15,7 +15,7 @@ handful of rows is no explosion."""
 SMALLEST_MEAN = 0.01
 """A term's mean below this counts as this: what has almost vanished may come back."""
 
-_TABLE = re.compile(r"\.(?:embedding_bags|embeddings)\.([^.]+)\.")
+_TABLE = re.compile(r"\.(?:embedding_bags|embeddings)\.([^.]+)\.weight")
 
 
 class DivergenceError(RayfmError):

@@ -122,7 +122,7 @@ class Learner:
         fuse_table_optimizers(module, training, schema.tables)
         placement = stored_placement(plan_path, module, training, self.world, write=self.rank == 0)
         self.carried = carried(placement, training)
-        """Table -> what loading a checkpoint of this learner depends on."""
+        """Table of a collection -> what loading a checkpoint of this learner depends on."""
         unsharded = collections(module)
         self._table_std = {
             weight_name(path, collection, table.name): _init_std(table)
@@ -271,13 +271,20 @@ class Learner:
         return output
 
     def state(self) -> dict[str, Any]:
-        """Model and optimiser state for `torch.distributed.checkpoint`."""
-        return {"model": self.dmp.state_dict(), "optimizer": self.optimizers.combined().state_dict()}
+        """Model and optimiser state for `torch.distributed.checkpoint`.
+
+        What has no state (a table under SGD) is left out: whether TorchRec names it depends on what else its rank has.
+        """
+        optimizer = self.optimizers.combined().state_dict()
+        held = {name: state for name, state in optimizer["state"].items() if state}
+        return {"model": self.dmp.state_dict(), "optimizer": {**optimizer, "state": held}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over a state that `torch.distributed.checkpoint` filled."""
         self.dmp.load_state_dict(state["model"])
-        self.optimizers.combined().load_state_dict(state["optimizer"])
+        optimizer = self.optimizers.combined()
+        named: dict[str, Any] = {name: {} for name in optimizer.state_dict()["state"]}
+        optimizer.load_state_dict({**state["optimizer"], "state": named | state["optimizer"]["state"]})
 
     def slices(self) -> Iterator[TensorSlice]:
         """This rank's part of the model to publish: its table slices, and on rank 0 what is replicated."""

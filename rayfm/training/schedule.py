@@ -16,8 +16,8 @@ class Schedule:
     """Says after each step whether a checkpoint is due.
 
     By steps every rank knows it. By the clock rank 0 decides, and asking it costs a message: so each answer says how
-    many steps later to ask again, at most half of those that the time left has room for. That makes a handful of
-    questions an interval, whatever a step takes.
+    many steps later to ask again, at most half of those that the time left has room for. That makes some
+    twenty questions in an interval of a thousand steps.
 
     Args:
         training: ``checkpoint_every`` or ``checkpoint_seconds``.

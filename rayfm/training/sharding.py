@@ -184,14 +184,14 @@ class Carried(Config):
 
 
 def carried(placement: Placement, config: TrainingConfig) -> dict[str, Carried]:
-    """By table: what loading a checkpoint of this placement depends on."""
+    """By collection and table (``path/table``): what loading a checkpoint of this placement depends on."""
     return {
-        table: Carried(
+        f"{path}/{table}": Carried(
             kind=where.kind,
             parts=len(where.ranks) if where.kind == "column_wise" else 1,
             optimizer=config.optimizer_of(table).type,
         )
-        for tables in placement.values()
+        for path, tables in placement.items()
         for table, where in tables.items()
     }
 
@@ -210,8 +210,8 @@ def check_carried(old: dict[str, Carried], new: dict[str, Carried], origin: str)
     Raises:
         RayfmError: naming the table, and what it was and is.
     """
-    for table, now in new.items():
-        was = old.get(table)
+    for name, now in new.items():
+        was, table = old.get(name), name.rpartition("/")[2]
         if was is None:
             continue
         if was.optimizer != now.optimizer:

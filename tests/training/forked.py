@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import processes
@@ -20,15 +21,22 @@ from rayfm.training.loop import TrainingLoop
 from rayfm.training.spec import TrainerSpec
 
 
-def in_world(rank: int, world: int, folder: str, work: Callable[[int], None]) -> None:
-    """Run ``work(rank)`` in a gloo group that meets in ``folder``."""
+@contextlib.contextmanager
+def group(rank: int, world: int, file: str) -> Iterator[None]:
+    """A gloo group whose ranks meet in ``file``."""
     torch.set_num_threads(1)
     os.environ["LOCAL_WORLD_SIZE"] = str(world)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+    dist.init_process_group("gloo", store=dist.FileStore(file, world), rank=rank, world_size=world)
     try:
-        work(rank)
+        yield
     finally:
         dist.destroy_process_group()
+
+
+def in_world(rank: int, world: int, folder: str, work: Callable[[int], None]) -> None:
+    """Run ``work(rank)`` in a group."""
+    with group(rank, world, f"{folder}/store"):
+        work(rank)
 
 
 class Train:
