@@ -87,7 +87,7 @@ class Encoder:
         supervision: names of the supervision columns, in the order of ``Batch.supervision``.
         labels: whether the tables have the tasks' columns; what is served has none.
         representations: name and width of the stored representations, in the order of ``Batch.representation``.
-        vocabularies: table -> which ids have rows of their own, for the tables with ``id_policy: vocabulary``.
+        vocabularies: table -> which ids have rows of their own, for the tables whose ``id_policy`` gives them.
     """
 
     def __init__(
@@ -332,7 +332,7 @@ class Encoder:
         """Rows of 64-bit ids: ``[N]``."""
         name = feature.table_name
         table = self.schema.tables[name]
-        if table.id_policy == "vocabulary":
+        if table.id_policy != "hash":
             return vocabulary_of(self.vocabularies, name).rows(ids)
         return table_rows(ids, table.rows, self.schema.salt(name))
 

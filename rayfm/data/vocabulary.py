@@ -5,8 +5,10 @@ Rows of a table of R rows whose first S are shared::
     0 ............ S - 1 | S ................................ R - 1
     shared by hash       | one id each, in order of admission
 
-An id is admitted once it was seen ``min_count`` times in all periods counted so far. It then keeps its row for good:
-nothing is evicted, and when all rows are given away, whoever comes later stays in the shared part.
+An id is admitted once it was seen ``min_count`` times in the periods counted so far. Under ``id_policy: vocabulary``
+it keeps its row for good, and when all rows are given away, whoever comes later stays in the shared part. Under
+``managed`` counts fade by ``decay`` from period to period (least frequently used, with aging), and when no row is left,
+an id that counts more takes the row of the one that counts least.
 
 Shape letters: N ids of a batch, V admitted ids, C candidates (seen, not admitted).
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +27,7 @@ from rayfm.config import Config, DataError
 from rayfm.schema import Schema, Table, string_ids, table_rows
 
 IntArray = npt.NDArray[np.int64]
+CountT = TypeVar("CountT", np.int64, np.float64)
 
 
 class Vocabulary:
@@ -66,7 +70,7 @@ class IdsRecord(Config):
     admitted: int
     """Ids that got a row of their own before the period was trained on."""
     evicted: int = 0
-    """Ids that lost theirs; a vocabulary takes none back."""
+    """Ids that lost theirs to others; under ``vocabulary`` none does."""
     known: int
     """Ids that have one now."""
     candidates: int
@@ -82,20 +86,23 @@ class Counted:
     """What a vocabulary is made from, period by period.
 
     Args:
-        ids_V: admitted ids, in order of admission.
+        ids_V: admitted ids, by their place in the part of rows of one's own.
+        scores_V: how often they were seen, as far as it counts still.
         candidates_C: other ids that were seen, ascending.
-        counts_C: how often.
+        counts_C: how often, as far as it counts still.
+        replaced_K: places that the newest period gave from one id to another.
     """
 
     ids_V: IntArray
+    scores_V: npt.NDArray[np.float64]
     candidates_C: IntArray
-    counts_C: IntArray
+    counts_C: npt.NDArray[np.float64]
+    replaced_K: IntArray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
     @classmethod
     def nothing(cls) -> Counted:
         """Before the first period."""
-        none = np.zeros(0, np.int64)
-        return cls(none, none, none)
+        return cls(np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64), np.zeros(0))
 
     def vocabulary(self, schema: Schema, table: str) -> Vocabulary:
         """The mapping that the admitted ids make."""
@@ -105,47 +112,55 @@ class Counted:
         """After a period in which the ids ``seen_U`` (ascending, none twice) came ``times_U`` times each.
 
         Of those that reach ``min_count`` the ones seen more often are admitted first, equals by their id, as long as
-        rows are left. Of the rest at most ``max_candidates`` are remembered, the most frequent ones.
+        rows are left. Under ``managed`` those that find none left then take, in the same order, the rows of the ids
+        that count least, as long as they count more; an evicted id is a candidate again. Of the candidates at most
+        ``max_candidates`` are remembered, the most frequent ones.
         """
-        config, free = table.vocabulary, table.rows - table.shared_rows - len(self.ids_V)
-        sorted_V = np.sort(self.ids_V)
-        new = _absent(seen_U, sorted_V)
-        ids_C, counts_C = merge_counts([(self.candidates_C, self.counts_C), (seen_U[new], times_U[new])])
+        config, managed = table.vocabulary, table.id_policy == "managed"
+        fade = config.decay if managed else 1.0
+        ids_V, scores_V = self.ids_V.copy(), self.scores_V * fade
+        places_U = Vocabulary(ids_V, 1, 0).places(seen_U)
+        scores_V[places_U[places_U >= 0]] += times_U[places_U >= 0]
+        new = places_U < 0
+        ids_C, counts_C = merge_counts(
+            [(self.candidates_C, self.counts_C * fade), (seen_U[new], times_U[new].astype(np.float64))]
+        )
         often = np.flatnonzero(counts_C >= config.min_count)
         often = often[np.lexsort((ids_C[often], -counts_C[often]))]
-        admitted = often[:free]
+        free = table.rows - table.shared_rows - len(ids_V)
+        admitted, waiting = often[:free], often[free:]
+        victims = np.lexsort((ids_V, scores_V)) if managed else np.zeros(0, np.int64)
+        pairs = min(len(waiting), len(victims))
+        # The strongest newcomer meets the weakest holder: after the first that does not count more none does.
+        taken = int((counts_C[waiting[:pairs]] > scores_V[victims[:pairs]]).sum())
+        replaced_K, takers = victims[:taken], waiting[:taken]
+        evicted, evicted_scores = ids_V[replaced_K], scores_V[replaced_K]
+        ids_V[replaced_K], scores_V[replaced_K] = ids_C[takers], counts_C[takers]
+        ids_V = np.concatenate([ids_V, ids_C[admitted]])
+        scores_V = np.concatenate([scores_V, counts_C[admitted]])
         rest = np.ones(len(ids_C), np.bool_)
-        rest[admitted] = False
-        ids_V = np.concatenate([self.ids_V, ids_C[admitted]])
-        left_C, left_counts_C = ids_C[rest], counts_C[rest]
+        rest[admitted] = rest[takers] = False
+        left_C, left_counts_C = merge_counts([(ids_C[rest], counts_C[rest]), (evicted, evicted_scores)])
         if len(left_C) > config.max_candidates:
             kept = np.sort(np.lexsort((left_C, -left_counts_C))[: config.max_candidates])
             left_C, left_counts_C = left_C[kept], left_counts_C[kept]
-        own = ~_absent(seen_U, np.sort(ids_V))
+        own = Vocabulary(ids_V, 1, 0).places(seen_U) >= 0
         total = int(times_U.sum())
         record = IdsRecord(
-            admitted=len(admitted),
+            admitted=len(admitted) + taken,
+            evicted=taken,
             known=len(ids_V),
             candidates=len(left_C),
-            refused=len(often) - len(admitted),
+            refused=len(waiting) - taken,
             coverage=float(times_U[own].sum()) / total if total else 0.0,
         )
-        return Counted(ids_V, left_C, left_counts_C), record
+        return Counted(ids_V, scores_V, left_C, left_counts_C, replaced_K), record
 
 
-def _absent(ids_N: IntArray, sorted_V: IntArray) -> npt.NDArray[np.bool_]:
-    """bool ``[N]``: which ids are not among the sorted ones."""
-    if not len(sorted_V):
-        return np.ones(len(ids_N), np.bool_)
-    found_N = np.minimum(np.searchsorted(sorted_V, ids_N), len(sorted_V) - 1)
-    absent: npt.NDArray[np.bool_] = sorted_V[found_N] != ids_N
-    return absent
-
-
-def merge_counts(parts: list[tuple[IntArray, IntArray]]) -> tuple[IntArray, IntArray]:
+def merge_counts(parts: list[tuple[IntArray, npt.NDArray[CountT]]]) -> tuple[IntArray, npt.NDArray[CountT]]:
     """Sum (ids, counts) of several places: ids ascending, none twice, and their counts."""
     ids, inverse = np.unique(np.concatenate([part[0] for part in parts]), return_inverse=True)
-    counts = np.zeros(len(ids), np.int64)
+    counts = np.zeros(len(ids), parts[0][1].dtype)
     np.add.at(counts, inverse, np.concatenate([part[1] for part in parts]))
     return ids, counts
 
@@ -162,5 +177,5 @@ def vocabulary_of(vocabularies: Mapping[str, Vocabulary], table: str) -> Vocabul
     """A table's vocabulary. Raises DataError where there is none: its ids have no rows without it."""
     found = vocabularies.get(table)
     if found is None:
-        raise DataError(f"table {table!r} has id_policy: vocabulary, and its vocabulary was not given")
+        raise DataError(f"table {table!r} has an id_policy of rows of their own, and its vocabulary was not given")
     return found

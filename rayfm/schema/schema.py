@@ -45,6 +45,9 @@ class VocabularyConfig(Config):
     shared_rows: int | None = Field(None, ge=1)
     """Rows of the table that the other ids share by their hash; by default a tenth of them."""
 
+    decay: float = Field(0.9, gt=0, le=1)
+    """With ``managed``: what is left of a count after each period."""
+
     max_candidates: int = Field(10_000_000, ge=0)
     """Ids whose count is remembered before they have a row, 16 bytes each; of more, the most frequent ones."""
 
@@ -62,11 +65,12 @@ class Table(Config):
     """``modulo``: ids are integers that count from 0 already, and the row is ``id mod rows``: no two ids below ``rows``
     collide, which a hash into a table of n ids' size makes for a third of them."""
 
-    id_policy: Literal["hash", "vocabulary"] = "hash"
-    """``vocabulary``: ids that were seen often enough have rows of their own, the others share a hashed part."""
+    id_policy: Literal["hash", "vocabulary", "managed"] = "hash"
+    """``vocabulary``: ids that were seen often enough have rows of their own, the others share a hashed part.
+    ``managed``: where none is left, an id that is seen more of late takes the row of the one that is seen least."""
 
     vocabulary: VocabularyConfig = VocabularyConfig()
-    """With ``id_policy: vocabulary``."""
+    """With ``id_policy: vocabulary`` or ``managed``."""
 
     @property
     def shared_rows(self) -> int:
@@ -79,12 +83,12 @@ class Table(Config):
     def _ids_fit(self) -> Table:
         if self.id_policy == "hash":
             if self.vocabulary != VocabularyConfig():
-                raise ValueError("'vocabulary' goes with id_policy: vocabulary; set that, or leave it out")
+                raise ValueError("'vocabulary' goes with id_policy: vocabulary or managed; set that, or leave it out")
             return self
         if self.ids == "modulo":
             raise ValueError(
-                "ids: modulo gives every id the row of its number, and id_policy: vocabulary gives rows in order of "
-                "admission; leave one of them out"
+                f"ids: modulo gives every id the row of its number, and id_policy: {self.id_policy} gives rows in "
+                "order of admission; leave one of them out"
             )
         if self.shared_rows >= self.rows:
             raise ValueError(

@@ -55,10 +55,12 @@ class Vocabularies:
         self._readers: dict[str, list[Feature]] = {}
         for feature in schema.features:
             read = feature.kind != "dense" and (features is None or feature.name in features)
-            if read and schema.tables[feature.table_name].id_policy == "vocabulary":
+            if read and schema.tables[feature.table_name].id_policy != "hash":
                 self._readers.setdefault(feature.table_name, []).append(feature)
         self._counted = {table: Counted.nothing() for table in self._readers}
         self.current: dict[str, Vocabulary] = {}
+        self.replaced: dict[str, IntArray] = {}
+        """Table -> rows that the newest period gave from one id to another."""
         self._made()
 
     def _made(self) -> None:
@@ -80,10 +82,12 @@ class Vocabularies:
             parts = [None] * world
             dist.all_gather_object(parts, mine)
         records: dict[str, IdsRecord] = {}
+        self.replaced = {}
         for table in self._readers:
             seen_U, times_U = merge_counts([part[table] for part in parts])
             counted, records[table] = self._counted[table].grown(seen_U, times_U, self.schema.tables[table])
             self._counted[table] = counted
+            self.replaced[table] = self.schema.tables[table].shared_rows + counted.replaced_K
         self._made()
         if rank == 0:
             self._write(period)
@@ -112,7 +116,7 @@ class Vocabularies:
                 raise ValueError("other bytes than were written")
             arrays = load_arrays(data)
             self._counted = {
-                table: Counted(*(arrays[f"{table}/{part}"] for part in ("ids", "candidates", "counts")))
+                table: Counted(*(arrays[f"{table}/{part}"] for part in ("ids", "scores", "candidates", "counts")))
                 for table in self._readers
             }
         except (SafetensorError, KeyError, ValueError) as error:
@@ -138,6 +142,7 @@ class Vocabularies:
             for table, counted in self._counted.items()
             for part, value in (
                 ("ids", counted.ids_V),
+                ("scores", counted.scores_V),
                 ("candidates", counted.candidates_C),
                 ("counts", counted.counts_C),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,15 +27,28 @@ def fill_normal(shard: Tensor, table: str, seed: int, std: float, row: int, colu
     if std == 0.0:
         shard.zero_()
         return
-    salt = (salt_of(table) ^ (seed * 0x9E3779B97F4A7C15)) & (2**63 - 1)
     width = shard.shape[1]
     step = max(1, _CHUNK // max(1, width))
     for start in range(0, shard.shape[0], step):
         stop = min(start + step, shard.shape[0])
-        rows = np.arange(row + start, row + stop, dtype=np.int64)[:, None]
-        element = rows * columns + np.arange(column, column + width, dtype=np.int64)
-        bits = mix64(element.reshape(-1), salt)
-        radius = np.sqrt(-2.0 * np.log(((bits >> np.uint64(40)).astype(np.float64) + 1.0) / 2**24))
-        angle = (bits & np.uint64(2**24 - 1)).astype(np.float64) * (2 * np.pi / 2**24)
-        values = (std * radius * np.cos(angle)).astype(np.float32).reshape(stop - start, width)
-        shard[start:stop].copy_(torch.from_numpy(values))
+        rows = np.arange(row + start, row + stop, dtype=np.int64)
+        shard[start:stop].copy_(normal_values(rows, table, seed, std, column, width, columns))
+
+
+def normal_values(
+    rows_K: npt.NDArray[np.int64], table: str, seed: int, std: float, column: int, width: int, columns: int
+) -> Tensor:
+    """The first values of any rows of a table, float32 ``[K, width]``: what `fill_normal` fills them with.
+
+    Args:
+        rows_K: the rows.
+        table, seed, std, columns: as of `fill_normal`.
+        column, width: the columns wanted.
+    """
+    salt = (salt_of(table) ^ (seed * 0x9E3779B97F4A7C15)) & (2**63 - 1)
+    element = rows_K[:, None] * columns + np.arange(column, column + width, dtype=np.int64)
+    bits = mix64(element.reshape(-1), salt)
+    radius = np.sqrt(-2.0 * np.log(((bits >> np.uint64(40)).astype(np.float64) + 1.0) / 2**24))
+    angle = (bits & np.uint64(2**24 - 1)).astype(np.float64) * (2 * np.pi / 2**24)
+    values = (std * radius * np.cos(angle)).astype(np.float32).reshape(len(rows_K), width)
+    return torch.from_numpy(values)

@@ -22,6 +22,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from rayfm.config import Config
 from rayfm.data.batch import Batch
+from rayfm.data.vocabulary import IntArray
 from rayfm.distill.base import OBJECTIVES, ObjectiveConfig
 from rayfm.distill.build import build_objectives
 from rayfm.models.base import MODELS, ModelConfig, ModelOutput
@@ -38,6 +39,7 @@ from rayfm.training.init import fill_normal
 from rayfm.training.lost_labels import LostLabels, lose_labels
 from rayfm.training.module import TrainModule
 from rayfm.training.optim import Optimizers, fuse_table_optimizers
+from rayfm.training.reset import reset_rows
 from rayfm.training.sharding import (
     carried,
     collections,
@@ -167,6 +169,15 @@ class Learner:
                 for shard, row, column in local_shards(value):
                     table = name.split(".")[-2]
                     fill_normal(shard, table, self.config.seed, self._table_std[name], row, column, value.shape[1])
+
+    def reset_rows(self, table: str, rows_K: IntArray) -> None:
+        """Rows of a table, where the model reads it, as they were before training, what optimisers remember too."""
+        names = [name for name in self._table_std if name.split(".")[-2] == table]
+        if not names or not len(rows_K):
+            return
+        weights, state = self.dmp.state_dict(), self.optimizers.combined().state_dict()["state"]
+        for name in names:
+            reset_rows(weights, state, name, rows_K, self.config.seed, self._table_std[name])
 
     def own_rows(self, batch: Batch) -> Tensor | None:
         """bool ``[B]``: the rows of this learner's traffics; None for all."""

@@ -296,6 +296,9 @@ class TrainingLoop:
         else:
             with parts.timed("ids"):
                 partial["ids"] = self.ids.learn(period)
+                for table, rows in self.ids.replaced.items():
+                    for learner in self.learners:
+                        learner.reset_rows(table, rows)
             with parts.timed("wait"):
                 labels = self._agree(lambda: self.coordinator.wait_labels(period)) if self.spec.teachers else {}
         reader = self._training_reader(index, start, labels)

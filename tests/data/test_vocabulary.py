@@ -107,7 +107,7 @@ def test_the_encoder_looks_up_rows_of_ids_of_every_kind_of_feature():
 
 
 def test_without_its_vocabulary_nothing_is_encoded():
-    with pytest.raises(DataError, match="table 'user' has id_policy: vocabulary, and its vocabulary was not given"):
+    with pytest.raises(DataError, match="table 'user' has an id_policy of rows of their own, and its vocabulary"):
         Encoder(with_vocabulary("user")).table_rows_of(every_feature_schema().feature("user"), pa.array([1]))
 
 
@@ -123,9 +123,55 @@ def test_the_shared_part_is_a_tenth_unless_it_is_named():
     [
         ({"id_policy": "vocabulary", "ids": "modulo"}, "leave one of them out"),
         ({"id_policy": "vocabulary", "vocabulary": {"shared_rows": 10}}, "leaves none of the 10 rows"),
-        ({"vocabulary": {"min_count": 2}}, "'vocabulary' goes with id_policy: vocabulary"),
+        ({"vocabulary": {"min_count": 2}}, "'vocabulary' goes with id_policy: vocabulary or managed"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         validate(Table, {"rows": 10, **changes}, "table")
+
+
+# -- managed ------------------------------------------------------------------------------------------
+
+
+def managed(rows: int = 6, **vocabulary: float) -> Table:
+    """Two rows of one's own, unless more are asked for."""
+    settings = {"shared_rows": 4, "min_count": 3, "decay": 0.5, **vocabulary}
+    return Table(rows=rows, id_policy="managed", vocabulary=settings)
+
+
+def test_counts_fade_and_what_counts_more_takes_the_row_of_what_counts_least():
+    counted, record = Counted.nothing().grown(ints(1, 2), ints(8, 4), managed())
+    assert (counted.ids_V.tolist(), counted.scores_V.tolist()) == ([1, 2], [8.0, 4.0])
+    assert (record.admitted, record.evicted, counted.replaced_K.tolist()) == (2, 0, [])
+    # 1: 4, 2: 2 + 1 = 3; 7: 3 counts no more than the least, so nobody goes.
+    counted, record = counted.grown(ints(2, 7), ints(1, 3), managed())
+    assert counted.ids_V.tolist() == [1, 2]
+    assert (record.admitted, record.evicted, record.refused, record.candidates) == (0, 0, 1, 1)
+    # 1: 2, 2: 1.5 + 1 = 2.5; 7: 1.5 + 3 = 4.5 takes the row of 1, which is a candidate again with what it counted.
+    counted, record = counted.grown(ints(2, 7), ints(1, 3), managed())
+    assert counted.ids_V.tolist() == [7, 2]
+    assert counted.scores_V.tolist() == [4.5, 2.5]
+    assert (counted.candidates_C.tolist(), counted.counts_C.tolist()) == ([1], [2.0])
+    assert counted.replaced_K.tolist() == [0]
+    assert (record.admitted, record.evicted, record.known, record.refused) == (1, 1, 2, 0)
+    assert record.coverage == 1.0
+    # It comes back where it was seen enough again: 1: 1 + 9 takes the row of 2 (1.25).
+    counted, record = counted.grown(ints(1), ints(9), managed())
+    assert counted.ids_V.tolist() == [7, 1]
+    assert counted.replaced_K.tolist() == [1]
+
+
+def test_free_rows_are_given_away_before_anybody_is_evicted():
+    first, _ = Counted.nothing().grown(ints(1), ints(3), managed(rows=7))
+    counted, record = first.grown(ints(5, 6, 7), ints(30, 20, 10), managed(rows=7))
+    assert counted.ids_V.tolist() == [7, 5, 6], "5 and 6 get the free rows, 7 that of 1, which counts 1.5"
+    assert (record.admitted, record.evicted, counted.replaced_K.tolist()) == (3, 1, [0])
+
+
+def test_each_holder_is_evicted_by_one_newcomer_alone():
+    first, _ = Counted.nothing().grown(ints(1, 2, 3), ints(40, 4, 20), managed(rows=7))
+    counted, record = first.grown(ints(11, 12, 13), ints(9, 11, 5), managed(rows=7))
+    # Holders 20, 2, 10; 12 (11) takes the row of 2 (2), 11 (9) not that of 3 (10).
+    assert dict(zip(counted.ids_V.tolist(), counted.scores_V.tolist(), strict=True)) == {1: 20.0, 12: 11.0, 3: 10.0}
+    assert (record.evicted, record.refused) == (1, 2)

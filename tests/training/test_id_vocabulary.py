@@ -27,6 +27,7 @@ from rayfm.training.calibration import CountsCalibration
 from rayfm.training.ids import Vocabularies, count_ids
 from rayfm.training.loop import TrainingLoop
 from rayfm.training.progress import progress_file
+from rayfm.training.sharding import local_shards
 from rayfm.training.trainer import single_process_group
 
 MIN_COUNT = 20
@@ -190,18 +191,6 @@ def test_lost_or_changed_vocabularies_are_refused(store, tmp_path):
             restored()
 
 
-def test_two_workers_admit_what_one_does(store, tmp_path, trained):
-    given = trainer(store, tmp_path)
-    train_on(given, 2)
-    assert records(given) == records(trained)
-    ours, theirs = SnapshotStore(given.run_dir), SnapshotStore(trained.run_dir)
-    versions = theirs.versions("dcnv2.none.1")
-    assert ours.versions("dcnv2.none.1") == versions
-    for version in versions:
-        found, expected = (load_vocabularies(each, "dcnv2.none.1", version) for each in (ours, theirs))
-        assert {t: v.ids_V.tolist() for t, v in found.items()} == {t: v.ids_V.tolist() for t, v in expected.items()}
-
-
 def test_a_gang_encodes_with_the_versions_vocabulary(store, trained):
     snapshots = SnapshotStore(trained.run_dir)
     version = snapshots.latest("dcnv2.none.1")
@@ -219,3 +208,145 @@ def test_cells_of_a_calibrator_cannot_be_rows_that_are_given_away():
     with pytest.raises(ConfigError, match=r"calibrate\.by: the rows of 'user' are given away as ids come"):
         CountsCalibration(by="user").check(schema())
     CountsCalibration(by="user").check(every_feature_schema())
+
+
+# -- rows that change hands --------------------------------------------------------------------------------
+
+
+def managed_schema() -> Schema:
+    """14 rows of their own for 40 users; counts fade fast, so that rows change hands in each period."""
+    plain = every_feature_schema().dump()
+    settings = {"min_count": 3, "shared_rows": 6, "decay": 0.3}
+    plain["tables"]["user"] |= {"rows": 20, "id_policy": "managed", "vocabulary": settings}
+    return Schema.model_validate(plain)
+
+
+def managed_trainer(store, run_dir, **training):
+    return spec(store, run_dir, learner("dcnv2"), **training).model_copy(update={"schema_": managed_schema()})
+
+
+USER_STATE = {
+    "rowwise_adagrad": {},
+    "adagrad": {"table_overrides": {"user": {"type": "adagrad"}}},
+    "adam": {"table_overrides": {"user": {"type": "adam"}}},
+    "row_wise": {"row_wise_from": 10},
+    "column_wise": {"sharding_overrides": {"user": "column_wise"}},
+}
+
+
+@pytest.mark.parametrize("kind", USER_STATE)
+def test_a_row_that_changes_hands_starts_anew(store, tmp_path, kind):
+    """First values and no optimiser state in the rows named, all else as it was; and so its next step is its first."""
+    given = managed_trainer(store, tmp_path, **USER_STATE[kind])
+    with single_process_group():
+        loop = TrainingLoop(given, Free(), IdLabels())
+        fresh = {name: _whole(value) for name, value in _tables(loop.learners[0])}
+        loop.run()
+        trained = loop.learners[0]
+        name = next(name for name in fresh if name.endswith(".user.weight"))
+        before, remembered = _whole(trained.dmp.state_dict()[name]), _remembered(trained, name)
+        assert remembered
+        assert all((state[7:9] != 0).any() for state in remembered)
+        trained.reset_rows("user", np.array([7, 8, 19]))
+        after = _whole(trained.dmp.state_dict()[name])
+        kept = [row for row in range(20) if row not in (7, 8, 19)]
+        assert (after[[7, 8, 19]] == fresh[name][[7, 8, 19]]).all()
+        assert (after[kept] == before[kept]).all()
+        assert (before[[7, 8]] != fresh[name][[7, 8]]).any(dim=1).all()
+        for old, new in zip(remembered, _remembered(trained, name), strict=True):
+            assert (new[[7, 8, 19]] == 0).all()
+            assert (new[kept] == old[kept]).all()
+        if kind == "rowwise_adagrad":  # w -= lr * g / sqrt(mean(g^2)): the first step's length is lr * sqrt(width)
+            batch = next(iter(loop._training_reader(2, 0, {}).batches(PERIODS[2])))
+            rows = batch.sparse["user"].values()
+            row = next(r for r in (7, 8, 19) if r in rows)
+            trained.train_step(batch, 1000)
+            step = (_whole(trained.dmp.state_dict()[name])[row] - after[row]).norm()
+            assert step == pytest.approx(given.training.optimizer_of("user").lr * 8**0.5, rel=1e-3)
+
+
+def _tables(learner):
+    return [(name, value) for name, value in learner.dmp.state_dict().items() if ".embedding_bags." in name]
+
+
+def _whole(value) -> torch.Tensor:
+    """A table on one rank, whole."""
+    parts = list(local_shards(value))
+    return torch.cat([part for part, _, _ in sorted(parts, key=lambda part: (part[1], part[2]))], dim=1).clone()
+
+
+def _remembered(learner, name: str) -> list[torch.Tensor]:
+    """What optimisers remember of the rows of a table: a tensor with a row (or a number) a row for each part."""
+    found = []
+    for key, values in learner.optimizers.combined().state_dict()["state"].items():
+        if key.endswith(name):
+            for value in values.values():
+                shards = [s.tensor for s in value.local_shards()] if hasattr(value, "local_shards") else [value]
+                found += [shard.clone() for shard in shards if shard.ndim]
+    return found
+
+
+def test_evicted_ids_are_served_from_the_shared_part_and_the_row_is_anothers(store, tmp_path):
+    given = managed_trainer(store, tmp_path)
+    train_here(given)
+    found = records(given)
+    assert all(record["user"]["known"] == 14 for record in found)
+    assert found[0]["user"]["evicted"] == 0
+    assert found[1]["user"]["evicted"] > 0
+    assert found[1]["user"]["admitted"] == found[1]["user"]["evicted"]
+    snapshots = SnapshotStore(given.run_dir)
+    versions = snapshots.versions("dcnv2.none.1")
+    before, after = (load_vocabularies(snapshots, "dcnv2.none.1", version)["user"] for version in versions[:2])
+    places = np.flatnonzero(before.ids_V != after.ids_V)
+    assert len(places) == found[1]["user"]["evicted"]
+    evicted = before.ids_V[places]
+    assert (before.rows(evicted) == 6 + places).all()
+    back = np.isin(evicted, after.ids_V)
+    assert not back.any()
+    assert (after.rows(evicted) < 6).all()
+    rows = impressions(store, PERIODS[2])
+    rows = rows.set_column(
+        rows.schema.get_field_index("user"),
+        "user",
+        pa.array(np.resize(np.concatenate([evicted, after.ids_V]), len(rows))),
+    )
+    loaded = load_version(snapshots, "dcnv2.none.1", versions[1])
+    student = load_exported(snapshots, "dcnv2.none.1", versions[1])
+    one, other = (score_table(each, rows)["click"].to_numpy() for each in (loaded, student))
+    np.testing.assert_allclose(other, one, atol=2e-3)
+
+
+def test_a_stop_after_rows_changed_hands_changes_nothing(store, tmp_path, monkeypatch):
+    unbroken = managed_trainer(store, tmp_path / "unbroken")
+    train_here(unbroken)
+    broken = managed_trainer(store, tmp_path / "broken", checkpoint_every=2, async_checkpoints=False)
+    monkeypatch.setattr("rayfm.training.loop.PROGRESS_EVERY_S", -1.0)
+    for stop in ((PERIODS[1], 1), (PERIODS[1], 3), (PERIODS[2], 0)):
+
+        def progress(period: str, step: int, steps: int, phase: str, stop=stop) -> None:
+            if (period, step) == stop and phase == "train":
+                raise Broken
+
+        with single_process_group(), pytest.raises(Broken):
+            TrainingLoop(broken, Free(), IdLabels(), progress).run()
+    train_here(broken)
+    assert records(broken) == records(unbroken)
+    ours, theirs = losses(broken), losses(unbroken)
+    for key, value in theirs.items():
+        assert ours[key] == pytest.approx(value, rel=1e-6), key
+
+
+def test_two_workers_admit_evict_and_learn_as_one_does(store, tmp_path):
+    one = managed_trainer(store, tmp_path / "one")
+    train_here(one)
+    two = managed_trainer(store, tmp_path / "two", row_wise_from=10)  # the rows lie on both
+    train_on(two, 2)
+    assert records(two) == records(one)
+    assert records(one)[1]["user"]["evicted"] > 0
+    theirs = losses(one)
+    for key, value in losses(two).items():
+        assert value == pytest.approx(theirs[key], rel=1e-4), key
+    snapshots = [SnapshotStore(trainer.run_dir) for trainer in (one, two)]
+    for version in snapshots[0].versions("dcnv2.none.1"):
+        found, expected = (load_vocabularies(each, "dcnv2.none.1", version)["user"] for each in snapshots)
+        assert found.ids_V.tolist() == expected.ids_V.tolist()
