@@ -1,4 +1,4 @@
-# make install | demo | test | soak | lint | bench | docs. Everything goes to .venv; DEVICE=gpu takes the CUDA builds.
+# make install | demo | test | soak | soak-training | lint | bench | docs. Everything goes to .venv; DEVICE=gpu takes the CUDA builds.
 DEVICE ?= cpu
 PYTHON ?= python3
 VENV := .venv
@@ -17,8 +17,10 @@ TEST_PROCESSES ?= 2
 
 # Faults, and seconds between them on average; 200 take most of an hour on two cores. Needs ZooKeeper and Redis.
 SOAK ?= --faults 200 --mean-s 5
+# SIGKILLs of one training; each costs half a second.
+KILLS ?= 400
 
-.PHONY: help install demo test soak lint bench docs clean
+.PHONY: help install demo test soak soak-training lint bench docs clean
 
 help:
 	@sed -n 1p Makefile
@@ -40,6 +42,9 @@ demo: install
 
 test: install
 	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 25
+
+soak-training: install
+	@RAYFM_KILLS=$(KILLS) $(BIN)/python -m pytest -q tests/training/test_exactly_once.py -k kills --timeout 36000
 
 soak: install
 	@$(BIN)/python tests/soak/soak_main.py $(SOAK) --result docs/soak

@@ -95,7 +95,7 @@ def load(rank: int, world: int, store: str, folder: str) -> None:
             loaded = loop(store, folder, plan, world)
             for origin in ADAGRAD if plan in ADAGRAD else [plan]:
                 reference = torch.load(ended(folder, origin, 1))
-                for number in WORLDS if origin == plan else (WORLDS[WORLDS.index(world) - 1],):
+                for number in WORLDS if plan in ROWWISE else (WORLDS[WORLDS.index(world) - 1],):
                     loaded.checkpoints.root = loop_folder(folder, origin, number)
                     assert loaded.checkpoints.load(loaded.learners) is not None
                     train(loaded, BEFORE, AFTER)

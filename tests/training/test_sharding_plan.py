@@ -75,6 +75,27 @@ def test_table_wise_tables_balance_over_the_workers():
     assert max(load) - min(load) <= 24 + 100
 
 
+def test_column_wise_tables_have_as_many_parts_on_any_number_of_workers():
+    """8 columns make two parts; each goes to the worker with the fewest elements so far."""
+    for world, owners in ((1, (0, 0)), (2, (0, 1)), (4, (0, 1))):
+        placement = place(Lookups(), TrainingConfig(sharding_overrides={"user": "column_wise"}), world)
+        assert placement["plain"]["user"] == TablePlacement(kind="column_wise", ranks=owners)
+    four = place(Lookups(), TrainingConfig(sharding="column_wise"), 4)
+    assert {table: where.ranks for table, where in four["plain"].items()} == {
+        "user": (0, 1),
+        "ad": (2, 3),
+        "tag": (2, 3),
+        "hour": (0, 1),
+    }
+    module = Lookups()
+    plan = sharding_plan(module, place(module, TrainingConfig(sharding="column_wise"), 4), 4, torch.device("cpu")).plan
+    shards = plan["plain"]["tag"].sharding_spec.shards
+    assert [(tuple(shard.shard_sizes), tuple(shard.shard_offsets)) for shard in shards] == [
+        ((500, 4), (0, 0)),
+        ((500, 4), (0, 4)),
+    ]
+
+
 def test_row_wise_tables_have_no_owner_and_weigh_nothing():
     placement = place(Lookups(), TrainingConfig(row_wise_from=600), world=2)["plain"]
     assert (placement["user"].rank, placement["ad"].rank) == (None, None)
@@ -154,6 +175,8 @@ def test_a_placement_survives_its_file():
             "table 'tag': optimiser sgd is for shards, and sharding is data_parallel",
         ),
         ({"device": "cuda"}, "device cuda needs gpus_per_worker above 0"),
+        ({"workers": 4, "max_workers": 2}, "max_workers 2 is below workers 4; raise it, or leave it out"),
+        ({"divergence": {"factor": 0.5}}, "greater than 1"),
     ],
 )
 def test_what_cannot_be_is_refused_at_config_time(config, expected):
