@@ -1,5 +1,7 @@
 """The main job, for a cluster: ``ray job submit --working-dir . -- python jobs/stream.py CONFIG [KEY=VALUE ...]``.
 
+With ``--follow`` it goes on with every period that becomes complete, until ``ray job stop`` (whose patience is 3 seconds,
+unless the entry point's environment says more in ``RAY_JOB_STOP_WAIT_TIME_S``).
 Exits 0 when the run finished. A run of the config's name that stands is taken up where it stopped, so a job that died
 is simply submitted again. Several nodes need ``storage`` and ``runs`` on a folder that all of them mount.
 """
@@ -15,12 +17,14 @@ from rayfm.pipeline.stream import Watch, run
 
 def main(arguments: list[str]) -> int:
     """Run the pipeline of ``arguments``: the config's path, then overrides."""
+    follow = {"follow": True} if "--follow" in arguments else {}
+    arguments = [argument for argument in arguments if argument != "--follow"]
     if not arguments:
         print(__doc__, file=sys.stderr)
         return 2
     try:
         config = load_config(arguments[0], ["ray.address=auto", *arguments[1:]])
-        result = run(config, resume=True, watch=Log())
+        result = run(config, resume=True, watch=Log(), **follow)
     except RayfmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

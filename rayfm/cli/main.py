@@ -68,7 +68,8 @@ def run(
     loaded = _load(config, set_, data)
     with Display(loaded) as display:
         result = run_pipeline(loaded, resume=resume, overwrite=overwrite, watch=display.update, follow=follow)
-    print_summary(result.summary, result.seconds, result.report)
+    if result.summary.get("metrics") or not follow:  # a run may be stopped before it has scored a test period
+        print_summary(result.summary, result.seconds, result.report)
     if result.stopped:
         typer.echo(f"stopped; go on with: rayfm run {config} --resume --follow")
 

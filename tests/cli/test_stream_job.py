@@ -34,8 +34,8 @@ def test_a_wrong_config_is_one_line_and_a_failed_job(job, tmp_path, capsys):
 def test_it_joins_the_cluster_resumes_and_reports(job, tmp_path, capsys, monkeypatch):
     asked = {}
 
-    def run(config, resume, watch):
-        asked.update(address=config.ray.address, seeds=config.seeds, resume=resume)
+    def run(config, resume, watch, follow=False):
+        asked.update(follow=follow, address=config.ray.address, seeds=config.seeds, resume=resume)
         pipeline = SimpleNamespace(periods=("a", "b"))
         for done in (0.0, 0.4, 1.0, 1.7, 2.0):
             watch(SimpleNamespace(pipeline=pipeline, trained={"students": (done, "train")}))
@@ -43,7 +43,7 @@ def test_it_joins_the_cluster_resumes_and_reports(job, tmp_path, capsys, monkeyp
 
     monkeypatch.setattr(job, "run", run)
     assert job.main([str(write_config(tmp_path)), "seeds=[3]"]) == 0
-    assert asked == {"address": "auto", "seeds": (3,), "resume": True}
+    assert asked == {"address": "auto", "seeds": (3,), "resume": True, "follow": False}
     assert capsys.readouterr().out.splitlines() == [
         "students: 1 of 2 periods",
         "students: 2 of 2 periods",
@@ -58,3 +58,12 @@ def test_a_failed_run_is_a_failed_job(job, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(job, "run", run)
     assert job.main([str(write_config(tmp_path))]) == 1
     assert capsys.readouterr().err == "error: no labels; run `rayfm label`\n"
+
+
+def test_it_follows_where_it_is_told_to(job, tmp_path, monkeypatch):
+    def run(config, resume, watch, follow=False):
+        assert follow
+        return SimpleNamespace(seconds=12.3, report=tmp_path / "report.html")
+
+    monkeypatch.setattr(job, "run", run)
+    assert job.main([str(write_config(tmp_path)), "--follow", "seeds=[3]"]) == 0
