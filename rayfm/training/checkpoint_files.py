@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 from rayfm.config import DataError
 from rayfm.training.checkpoint import CheckpointState
 from rayfm.training.divergence import table_of
+from rayfm.training.saving import unfit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def verify_checkpoint(path: Path) -> int:
             with file.open("rb") as stream:
                 stream.seek(place.offset)
                 content = stream.read(place.length)
-            _check_shard(content, metadata.state_dict_metadata[index.fqn], place.length)
+            _check_shard(index.fqn, content, metadata.state_dict_metadata[index.fqn], place.length)
         except _NotFinite as error:
             raise DataError(f"{path}: {table_of(index.fqn)} holds values that are not finite") from error
         except Exception as error:
@@ -101,7 +102,7 @@ class _NotFinite(Exception):
     pass
 
 
-def _check_shard(content: bytes, stored: Any, length: int) -> None:
+def _check_shard(name: str, content: bytes, stored: Any, length: int) -> None:
     if len(content) != length:
         raise EOFError(f"{len(content)} of {length} bytes")
     # torch.save writes a zip archive, with a checksum for each of its records.
@@ -114,7 +115,7 @@ def _check_shard(content: bytes, stored: Any, length: int) -> None:
     value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(value, Tensor):
         raise ValueError("is no tensor")
-    if value.is_floating_point() and not torch.isfinite(value).all():
+    if unfit(name, value):
         raise _NotFinite
 
 

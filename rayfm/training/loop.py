@@ -517,7 +517,7 @@ class TrainingLoop:
         cursor: Cursor,
         labels: dict[str, PinnedLabels],
         partial: dict[str, Any],
-        parts: PeriodParts,
+        parts: PeriodParts | None = None,
         wait: bool = True,
     ) -> None:
         """Make a checkpoint; ``wait``: it stands on return. What training stands still for is timed."""
@@ -535,7 +535,8 @@ class TrainingLoop:
         )
         self.checkpoints.save(self.learners, state, wait)
         stall = time.perf_counter() - started
-        parts.add("checkpoint", stall)
+        if parts is not None:
+            parts.add("checkpoint", stall)
         self.schedule.made(stall)
 
     def _agree(self, ask: Callable[[], AnswerT]) -> AnswerT:

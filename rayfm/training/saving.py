@@ -21,6 +21,23 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from rayfm.training.divergence import DivergenceError, table_of
 
 
+def unfit(name: str, value: Tensor) -> bool:
+    """Whether a checkpoint's tensor says that training has diverged: a weight that is not finite, or a NaN.
+
+    Adagrad's sum of squares may be infinite, after a gradient beyond 1e19: its rows then stay where they are.
+
+    Args:
+        name: ``<learner>.model....`` or ``<learner>.optimizer....``.
+        value: of any shape.
+    """
+    if not value.is_floating_point() or not value.numel():
+        return False
+    low, high = torch.aminmax(value)  # one pass without a mask; both are NaN where any value is
+    if ".optimizer.state." in name:
+        return bool(torch.isnan(low))
+    return not bool(torch.isfinite(low) and torch.isfinite(high))
+
+
 class Staged(dcp.DefaultSavePlanner):
     """Plans a save from the live state, and writes a copy of it as it was then.
 
@@ -39,10 +56,12 @@ class Staged(dcp.DefaultSavePlanner):
         """Take over the state as it is now."""
         super().set_up_planner(state, is_coordinator=dist.get_rank() == 0)
         self._planned = super().create_local_plan()
+        on_device = False
         for item in self._planned.items:
             value = super().resolve_data(item)
+            on_device |= isinstance(value, Tensor) and value.is_cuda
             self._staged[item.index] = self._copied(item.index, value.detach()) if isinstance(value, Tensor) else value
-        if torch.cuda.is_available():
+        if on_device:
             torch.cuda.synchronize()  # the copies to page-locked memory
         self.state_dict = {}
 
@@ -56,12 +75,10 @@ class Staged(dcp.DefaultSavePlanner):
         return buffer.copy_(value, non_blocking=True)
 
     def not_finite(self) -> str | None:
-        """Name of the first staged tensor that holds a value that is not finite."""
+        """Name of the first staged tensor that holds a value that `unfit` refuses."""
         for index, value in self._staged.items():
-            if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-                low, high = torch.aminmax(value)  # one pass without a mask; both are NaN where any value is
-                if not (torch.isfinite(low) and torch.isfinite(high)):
-                    return str(index.fqn)
+            if isinstance(value, Tensor) and unfit(str(index.fqn), value):
+                return str(index.fqn)
         return None
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:

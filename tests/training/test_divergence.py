@@ -18,6 +18,7 @@ from rayfm.training.config import DivergenceConfig
 from rayfm.training.diagnosis import parameters
 from rayfm.training.divergence import DivergenceError, LossWatch, table_of
 from rayfm.training.loop import TrainingLoop
+from rayfm.training.saving import unfit
 from rayfm.training.spec import TrainerSpec
 
 
@@ -125,6 +126,18 @@ def test_a_state_that_is_not_finite_is_never_a_checkpoint(store: Path, tmp_path:
         with pytest.raises(DivergenceError, match=r"table 'user' \(dcnv2.*not finite|not finite at step .*'user'"):
             runs.train_here(spec)
     assert [path.name for path in complete(spec.folder / "checkpoints")][-1] == "00001-00000000"
+
+
+def test_a_sum_of_squares_may_overflow_and_a_weight_may_not() -> None:
+    infinite, nan = torch.tensor([1.0, torch.inf]), torch.tensor([torch.nan, 1.0])
+    assert [unfit("fm.model.model.w", value) for value in (infinite, -infinite, nan, nan[1:])] == [True] * 3 + [False]
+    assert [unfit("fm.optimizer.state.w.momentum1", value) for value in (infinite, nan, nan[1:])] == [
+        False,
+        True,
+        False,
+    ]
+    assert not unfit("fm.model.model.w", nan[:0])
+    assert not unfit("fm.model.model.rows", torch.tensor([1, 2]))
 
 
 def watched(values: list[float], weight: float = 1000.0, **config: float) -> list[int]:
