@@ -20,6 +20,7 @@ ROOMS = [
     "snapshots",
     "labels",
     "training",
+    "planning",
     "simulator",
     "serving",
     "augment",

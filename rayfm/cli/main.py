@@ -13,6 +13,7 @@ import typer
 
 from rayfm.cli import checkpoints, labels, nearline, snapshots
 from rayfm.cli.augment import augment
+from rayfm.cli.plan import plan
 from rayfm.cli.runs import RunFolder
 
 app = typer.Typer(
@@ -116,6 +117,7 @@ def label(
 
 
 app.command()(augment)
+app.command()(plan)
 
 
 @app.command()
