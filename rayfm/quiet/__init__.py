@@ -1,6 +1,7 @@
 """Silencing what libraries say at import and at every start.
 
-In no room, and importing nothing of ours: every process that Ray starts for a run runs it, and most do no more of ours.
+A room of its own below all others, importing none: every process that Ray starts for a run runs it, and most do no more
+of ours.
 """
 
 from __future__ import annotations
