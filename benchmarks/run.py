@@ -70,6 +70,8 @@ LINES = [
     *(Line(f"endpoint/{m}", "endpoint", (m,), 0.8) for m in ("dlrm", "dcnv2")),
     *(Line(f"endpoint/{m}/haproxy", "endpoint", (m, "haproxy"), 0.8) for m in ("dlrm", "dcnv2")),
     *(Line(f"serving/{m}/{form}", "serving", (m, form), 1.0) for m in ("dlrm", "dcnv2") for form in FORMS),
+    # How far `rayfm plan`'s step is from the measured one, either way.
+    *(Line(f"plan/{m}", "plan", (m,), 2.0, at_most=True) for m in ("dlrm", "dcnv2", "deepfm")),
 ]
 
 

@@ -244,10 +244,10 @@ def hardware_lines(found: Estimate, gpu: str) -> str:
     """The model of the hardware."""
     h = found.cluster.hardware
     return (
-        f"{gpu}: {h.peak_flops(found.precision) / 1e12:,.5g} TFLOP/s {found.precision} at "
-        f"{h.compute_efficiency:.0%}; memory {h.memory_gbs:,.5g} GB/s at {h.memory_efficiency:.0%}; NVLink "
-        f"{h.nvlink_gbs:,.5g}, network {h.network_gbs:,.5g}, PCIe {h.host_gbs:,.5g} GB/s a GPU and direction at "
-        f"{h.link_efficiency:.0%}; {h.operator_us:g} us an operator; {h.hop_us:g} us x log2(ranks) a collective. "
+        f"{gpu}: {h.peak_flops(found.precision) / 1e12:,.4g} TFLOP/s {found.precision} at "
+        f"{h.compute_efficiency:.0%}; memory {h.memory_gbs:,.4g} GB/s at {h.memory_efficiency:.0%}; NVLink "
+        f"{h.nvlink_gbs:,.4g}, network {h.network_gbs:,.4g}, PCIe {h.host_gbs:,.4g} GB/s a GPU and direction at "
+        f"{h.link_efficiency:.0%}; {h.operator_us:.3g} us an operator; {h.hop_us:g} us x log2(ranks) a collective. "
         f"Peaks: {h.source}. Shares and microseconds: assumptions (--gpu-set)."
     )
 

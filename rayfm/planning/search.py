@@ -109,6 +109,8 @@ def allowed_kinds(table: TableWork, training: TrainingConfig, world: int, free: 
     kinds: tuple[ShardingKind, ...] = ("table_wise", "row_wise", "column_wise") if said == "auto" else (said,)
     if said == "auto" and table.parts == 1:
         kinds = ("table_wise", "row_wise")
+    if said == "auto" and world == 1:
+        kinds = ("table_wise",)  # all kinds are one piece
     return tuple(kind for kind in kinds if piece_bytes(table, kind, world) <= free)
 
 

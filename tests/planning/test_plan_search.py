@@ -58,6 +58,7 @@ def test_what_does_not_fit_a_device_is_not_proposed():
     assert allowed_kinds(table(), TrainingConfig(), 4, free) == ("row_wise", "column_wise")
     assert allowed_kinds(table(), TrainingConfig(), 4, free - 1) == ("row_wise",)
     assert allowed_kinds(table(parts=1), TrainingConfig(), 4, 1e9) == ("table_wise", "row_wise")
+    assert allowed_kinds(table(), TrainingConfig(), 1, 1e9) == ("table_wise",)
     only = TrainingConfig(sharding_overrides={"c0": "column_wise"})
     assert allowed_kinds(table(), only, 4, 1e9) == ("column_wise",)
     assert allowed_kinds(table(optimizer="adam"), only, 4, 0) == ("data_parallel",)
