@@ -29,6 +29,7 @@ from rayfm.schema import LOGGED_PREFIX
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import FileRecord, version_id
 from rayfm.snapshots.publish import SnapshotWriter, TensorSlice
+from rayfm.training.agree import agree
 from rayfm.training.calibration import Calibration, start_calibrations
 from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, world_device
 from rayfm.training.divergence import DivergenceError
@@ -540,12 +541,8 @@ class TrainingLoop:
         self.schedule.made(stall)
 
     def _agree(self, ask: Callable[[], AnswerT]) -> AnswerT:
-        """Rank 0 asks; every rank gets the answer."""
-        answer: list[Any] = [ask_or_stop(ask) if self.rank == 0 else None]
-        if self.world > 1:
-            dist.broadcast_object_list(answer, src=0)
-        result: AnswerT = unless_stopped(answer[0])
-        return result
+        """Rank 0 asks; every rank gets the answer, or stops alike."""
+        return unless_stopped(agree(lambda: ask_or_stop(ask)))
 
     def _barrier(self) -> None:
         if self.world > 1:

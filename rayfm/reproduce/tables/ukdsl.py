@@ -110,7 +110,7 @@ class UKDSLTable1(Table):
             "just what ranking says, as a student of it would that learned all there is to learn.",
         ]
         line = Series("share of the best possible", tuple(map(float, range(len(values)))), tuple(values.values()))
-        ticks = tuple("production" if name == PRODUCTION else name for name in values)
+        ticks = tuple(name.replace(" ", "\n") for name in values)  # side by side they would run into one another
         figure = Figure("True value of what the cascade shows", "distilled stages", "value", (line,), ticks)
         labels, metrics = ("stage", "rows", "method"), ("calibration", "ne", "value")
         return Result("ukdsl-table1", labels, metrics, rows, judge(claims), notes, figure, judge(apart))
