@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from called import caller
 from pydantic import Field
 from rich.console import Console
 from small_pipeline import small_pipeline, write_config
 
 from rayfm.cli import display, sizes
-from rayfm.cli.main import main
 from rayfm.models.base import MODELS, ModelConfig
 from rayfm.models.size import REFERENCE_SCHEMA, model_size, reference_config
 
@@ -26,17 +25,7 @@ def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run ``rayfm list``: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rayfm", "list", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
+    return caller("list", monkeypatch, capsys)
 
 
 @pytest.fixture

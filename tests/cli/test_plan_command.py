@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from called import caller
 from rich.console import Console
 from small_pipeline import small_pipeline, write_config
 
 from rayfm.cli import display
-from rayfm.cli.main import main
 from rayfm.cli.plan import gigabytes, ranks, trained_models
 
 
@@ -20,17 +19,7 @@ from rayfm.cli.plan import gigabytes, ranks, trained_models
 def planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run ``rayfm plan``: exit code, stdout, stderr."""
     monkeypatch.setattr(display, "console", Console(width=80))
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rayfm", "plan", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
+    return caller("plan", monkeypatch, capsys)
 
 
 def test_a_teachers_plan(tmp_path: Path, planned: Callable[..., tuple[int, str, str]]) -> None:
