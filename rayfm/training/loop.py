@@ -7,41 +7,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from rayfm.config import DataError, nearest
-from rayfm.data.batch import CONSIDERATION, IMPRESSION, Batch
-from rayfm.data.encode import Encoder
-from rayfm.data.reader import ArrowReader, RayDataReader, Reader
-from rayfm.data.sampling import ConsiderationShare
-from rayfm.data.steps import Lookup, ReadPlan, TruthLookup
+from rayfm.data.reader import Reader
 from rayfm.data.store import ExampleStore, write_json_atomic
 from rayfm.export.calibration import Fits
-from rayfm.export.calibrator import Calibrator
-from rayfm.export.served import CALIBRATOR_PREFIX
-from rayfm.metrics import IMPRESSION_REFERENCE, MetricState, RateCounter, bootstrap_weights
-from rayfm.models.histories import HistoryFeature
-from rayfm.schema import LOGGED_PREFIX
-from rayfm.snapshots.load import SnapshotStore
-from rayfm.snapshots.manifest import FileRecord, version_id
-from rayfm.snapshots.publish import SnapshotWriter, TensorSlice
+from rayfm.metrics import RateCounter, bootstrap_weights
 from rayfm.training.agree import agree
-from rayfm.training.calibration import Calibration, start_calibrations
 from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, world_device
+from rayfm.training.columns import check_logged, check_requests
 from rayfm.training.divergence import DivergenceError
-from rayfm.training.export_check import CHECKED_ROWS, check_draft, first_step, trained_rows
 from rayfm.training.follow import Following, StopRequested, ask_or_stop, unless_stopped
 from rayfm.training.ids import Vocabularies
 from rayfm.training.learner import Learner
 from rayfm.training.ledger import Ledger
-from rayfm.training.lost_labels import lose_labels
 from rayfm.training.period import PeriodParts, PeriodRecord
+from rayfm.training.publishing import Publisher
 from rayfm.training.ranks import sum_over_ranks
+from rayfm.training.reading import Reading, histories
 from rayfm.training.schedule import Schedule
+from rayfm.training.scoring import PeriodScores
 from rayfm.training.spec import Coordinator, LabelSource, PinnedLabels, TrainerSpec
 
 AnswerT = TypeVar("AnswerT")
@@ -83,9 +71,10 @@ class TrainingLoop:
         self.ledger = Ledger(spec.folder / "ledger", self.rank) if spec.training.ledger else None
         keep = spec.training.keep_checkpoints + 1
         self.ids = Vocabularies(spec.schema_, spec.features, self.store, spec.folder / "ids", keep)
+        self.reading = Reading(self.store, self.ids, label_source, self.rank, self.world)
+        self.publisher = Publisher(self.learners, self.reading, self.ids, self._agree)
         self.steps_done = {learner.config.key: 0 for learner in self.learners}
         self.calibration: dict[str, Fits] = {}
-        self._ray_reader: RayDataReader | None = None
         self._last_progress = 0.0
         self._following = Following(coordinator, self._agree) if spec.follow else None
 
@@ -137,9 +126,9 @@ class TrainingLoop:
         with parts.timed("wait"):
             self._agree(lambda: self.coordinator.wait_prepared(period))
         self.store.check_schema(period, self.spec.schema_)
-        self._check_requests(period)
+        check_requests(self.store, period, self.spec.learners)
         if self._trains(index):
-            self._check_logged(period)
+            check_logged(self.store, period, self.spec.learners)
         if resumed is None and index >= self.spec.first_predicted:
             self._predict(period, parts)
         partial: dict[str, Any] = dict(resumed.partial) if resumed else {}
@@ -180,51 +169,17 @@ class TrainingLoop:
             self.coordinator.trained(period, versions)
         self._barrier()
 
-    def _check_requests(self, period: str) -> None:
-        """Raises DataError where an objective compares rows of one request and the examples do not know theirs."""
-        for learner in self.spec.learners:
-            for objective in learner.objectives:
-                if objective.needs_requests and "request_id" not in self.store.manifest(period).columns:
-                    raise DataError(
-                        f"{self.store.period_dir(period)}: column 'request_id' is missing, and objective "
-                        f"{objective.label!r} of {learner.key} compares rows of one request; prepare examples that "
-                        "have it, or leave the objective out"
-                    )
-
-    def _check_logged(self, period: str) -> None:
-        """Raises DataError where all that an objective learns from are logged predictions that the examples lack."""
-        columns = self.store.manifest(period).columns
-        for learner in self.spec.learners:
-            for objective in learner.objectives:
-                read = objective.supervision(learner.tasks)
-                absent = [name for name in read if name.startswith(LOGGED_PREFIX) and name not in columns]
-                if read and len(absent) == len(read):
-                    known = [name for name in columns if name.startswith(LOGGED_PREFIX)]
-                    raise DataError(
-                        f"{self.store.period_dir(period)}: column {absent[0]!r} is missing, and objective "
-                        f"{objective.label!r} of {learner.key} learns from nothing else; prepare examples that have "
-                        f"it, or name a teacher, for cross_stage as 'fallback'{nearest(absent[0], known)}"
-                    )
-
     # -- predict ------------------------------------------------------------------------------------------------
 
     def _predict(self, period: str, parts: PeriodParts) -> None:
         """Score a period that no learner has trained on, and store the sums of each learner's metrics."""
-        states = {learner.config.key: self._metric_state() for learner in self.learners}
-        binary = [name for name, kind in self.tasks if kind == "binary"]
-        asked = {
-            learner.key: (learner.calibrate, tuple(task for task in learner.tasks if task in binary))
-            for learner in self.spec.learners
-        }
-        calibrations = start_calibrations(asked, self.spec.schema_, period, self.spec.periods, self.rank)
+        scores = PeriodScores(self.spec, self.learners, self.tasks, period, self.rank)
         columns = tuple(dict.fromkeys(c for learner in self.spec.learners for c in learner.reference.values()))
         labels: dict[str, PinnedLabels] = {}
-        if self._histories() or any(column.split("/")[0] in self.spec.teachers for column in columns):
+        if histories(self.spec) or any(column.split("/")[0] in self.spec.teachers for column in columns):
             with parts.timed("wait"):
                 labels = self._agree(lambda: self.coordinator.wait_labels(period))
-        size = self.spec.training.predict_batch_size
-        plan, encoder = self._plan(period, columns, labels, size, self.spec.evaluated_share)
-        reader = ArrowReader(plan, encoder, self.rank, self.world)
+        reader = self.reading.prediction(self.spec, period, columns, labels)
         steps = reader.steps(period)
         for step, cpu_batch in enumerate(parts.iterate(reader.batches(period))):
             self._report(period, step, steps, "predict")
@@ -236,54 +191,9 @@ class TrainingLoop:
                 with parts.timed("predict"):
                     logits = {task: z.cpu() for task, z in learner.predict(batch).logits.items()}
                 with parts.timed("metrics"):
-                    self._score(states[learner.config.key], learner, cpu_batch, logits, copies)
-                    if learner.config.calibrate:
-                        _add_shown(calibrations[learner.config.key], learner, cpu_batch, logits)
+                    scores.add(learner, cpu_batch, logits, copies)
         with parts.timed("metrics"):
-            rates = self.rates.rates()
-            for learner in self.learners:
-                state = states[learner.config.key]
-                state.reduce_()
-                if self.rank == 0:
-                    folder = self.spec.folder / "metrics" / period
-                    state.save(folder / f"{learner.config.key}.npz")
-                    write_json_atomic(folder / "rates.json", rates)
-            for key, sums in calibrations.items():
-                sums.reduce_()
-                # The same sums on every rank give the same fit, so that any rank's checkpoint would hold it.
-                self.calibration[key] = sums.fit(self.calibration.get(key, {}))
-
-    def _score(
-        self,
-        state: MetricState,
-        learner: Learner,
-        batch: Batch,
-        logits: dict[str, torch.Tensor],
-        copies: torch.Tensor | None,
-    ) -> None:
-        own = learner.own_rows(batch)
-        for task in learner.config.tasks:
-            label, known = batch.label(task)
-            shown = known & (batch.kind == IMPRESSION)
-            if own is not None:
-                shown &= own
-            state.update(
-                task, IMPRESSION, logits[task], label, shown, batch.weight, batch.traffic, batch.user, weights=copies
-            )
-            column = learner.config.reference.get(task)
-            if column is None:
-                continue
-            value, found = batch.supervised(column)
-            # Impressions too: against the next stage both kinds show whether two stages agree (UKDSL 4.1.2).
-            for scored, kind in ((CONSIDERATION, CONSIDERATION), (IMPRESSION_REFERENCE, IMPRESSION)):
-                rows = found & (batch.kind == kind)
-                if own is not None:
-                    rows &= own
-                arguments = (batch.weight, batch.traffic, batch.user)
-                state.update(task, scored, logits[task], value, rows, *arguments, weights=copies)
-
-    def _metric_state(self) -> MetricState:
-        return MetricState(self.tasks, self.spec.schema_.traffics, replicates=self.spec.replicates)
+            self.calibration |= scores.finish(self.rates.rates(), self.calibration)
 
     # -- train --------------------------------------------------------------------------------------------------
 
@@ -342,72 +252,7 @@ class TrainingLoop:
         return int(sum_over_ranks(torch.tensor(partial["examples"]), self.device))
 
     def _training_reader(self, index: int, start: int, labels: dict[str, PinnedLabels]) -> Reader:
-        training = self.spec.training
-        columns = tuple(dict.fromkeys(c for learner in self.spec.learners for c in learner.supervision()))
-        widths = {name: width for learner in self.spec.learners for name, width in learner.representations().items()}
-        period, share = self.spec.periods[index], self.spec.consideration_share
-        plan, encoder = self._plan(period, columns, labels, training.batch_size, share, widths)
-        if training.reader == "arrow":
-            return ArrowReader(plan, encoder, self.rank, self.world)
-        if self.spec.teachers:  # labels arrive period by period, and with them their version
-            return RayDataReader(plan, encoder, [period], self.rank, self.world, start)
-        if self._ray_reader is None or period not in self._ray_reader.periods:
-            prepared = set(self.store.periods())
-            # Not those that are predicted alone: the pipeline would read them, and hold their blocks, for nobody.
-            ahead = self.spec.periods[index : self.spec.trained]
-            known = [period for period in ahead if period in prepared]
-            self._ray_reader = RayDataReader(plan, encoder, known, self.rank, self.world, start)
-        self._ray_reader.encoder = encoder  # the period's: vocabularies grow
-        return self._ray_reader
-
-    def _histories(self) -> dict[str, HistoryFeature]:
-        return {name: history for learner in self.spec.learners for name, history in learner.histories().items()}
-
-    def _plan(
-        self,
-        period: str,
-        supervision: tuple[str, ...],
-        labels: dict[str, PinnedLabels],
-        batch_size: int,
-        share: ConsiderationShare,
-        widths: dict[str, int] | None = None,
-    ) -> tuple[ReadPlan, Encoder]:
-        features = self.spec.features
-        if features is not None:  # every model takes its own columns from all the dense ones
-            features = (*features, *(f.name for f in self.spec.schema_.features if f.kind == "dense"))
-        histories = self._histories()
-        read = {**(widths or {}), **{name: history.width or 0 for name, history in histories.items()}}
-        representations = tuple(read.items())
-        encoder = Encoder(
-            self.spec.schema_,
-            features,
-            supervision,
-            representations=representations,
-            vocabularies=self.ids.current,
-        )
-        lookups: list[Lookup] = []
-        truth = tuple(name for name in supervision if name.startswith("truth/"))
-        if truth:
-            lookups.append(TruthLookup(self.store, truth))
-        for teacher, pinned in labels.items():
-            tasks = tuple(n.partition("/")[2] for n in supervision if n.partition("/")[0] == teacher)
-            if tasks and self.label_source is not None:
-                lookups.append(self.label_source.lookup(teacher, pinned, tasks))
-        logged = [name for name in supervision if name.startswith(LOGGED_PREFIX)]
-        columns = tuple(dict.fromkeys([*encoder.columns, "sampling_weight", "request_id", "user_id", *logged]))
-        stored = tuple(
-            self.label_source.representation(teacher, labels[teacher], width)
-            for teacher, width in representations
-            if teacher in labels and self.label_source is not None
-        )
-        # Where the teacher has labelled nothing yet, nobody has a history.
-        stored += tuple(
-            self.label_source.history(history, self.store, period)
-            for history in histories.values()
-            if history.teacher in labels and self.label_source is not None
-        )
-        plan = ReadPlan(self.store, columns, batch_size, supervision, tuple(lookups), share, representations, stored)
-        return plan, encoder
+        return self.reading.training(self.spec, index, start, labels)
 
     # -- publish, checkpoint, report ----------------------------------------------------------------------------
 
@@ -416,67 +261,8 @@ class TrainingLoop:
         if not self._trains(index):
             assert self.spec.trained is not None
             index = self.spec.trained - 1  # a period that was only predicted leaves the version before it standing
-        period = self.spec.periods[index]
-        keys = [learner.config.key for learner in self.learners]
-        versions = {key: version_id(period, f"{key}/{self.steps_done[key]}") for key in keys}
         with parts.timed("publish"):
-            # What a run that stopped right after publishing left is these very weights, perhaps in other slices.
-            store = SnapshotStore(self.spec.run_dir)
-            missing = self._agree(lambda: [key for key in keys if versions[key] not in store.versions(key)])
-            batch = self._rows_to_check(period) if missing else None
-            for learner in self.learners:
-                if learner.config.key in missing:
-                    self._publish_learner(learner, versions[learner.config.key], period, batch)
-        return versions
-
-    def _rows_to_check(self, period: str) -> Batch | None:
-        """The period's first rows, the same on every rank; None where exports are not checked."""
-        if self.spec.role != "students" or self.spec.export_tolerance is None:
-            return None
-        lanes = self.store.manifest(period).lanes
-        plan, encoder = self._plan(period, (), {}, max(1, CHECKED_ROWS // lanes) * lanes, 0.0)
-        return first_step(plan, encoder, period)
-
-    def _publish_learner(self, learner: Learner, version: str, period: str, batch: Batch | None) -> None:
-        config = learner.config
-        writer = SnapshotWriter(Path(self.spec.run_dir), config.key, version)
-        slices = list(learner.slices())
-        if self.rank == 0 and (config.calibrate or config.logit_shift):
-            slices += self._calibrator_slices(learner)
-        if self.rank == 0:
-            slices += self.ids.slices(config.model.features)
-        mine = writer.write(self.rank, slices)
-        files: list[Any] = [mine]
-        if self.world > 1:
-            files = [None] * self.world
-            dist.all_gather_object(files, mine)
-        rows = trained_rows(learner, batch) if batch is not None else None
-        if self.rank == 0:
-            meta: dict[str, Any] = {
-                "trained_through": period,
-                "config": config.model.dump(),
-                "example_schema": self.spec.schema_.dump(),
-                "tasks": config.tasks,
-            }
-            others: dict[str, FileRecord] = {}
-            if rows is not None and self.spec.export_tolerance is not None:
-                check, others = check_draft(
-                    writer, writer.draft(files, **meta), learner, rows, self.spec.export_tolerance
-                )
-                meta["check"] = check
-            writer.commit(files, others, **meta)
-        self._barrier()
-
-    def _calibrator_slices(self, learner: Learner) -> list[TensorSlice]:
-        """The learner's calibrator as tensors of its snapshot: the identity for a task that has no fit yet."""
-        calibrator = Calibrator(self.spec.schema_, learner.config.tasks)
-        fits = self.calibration.get(learner.config.key, {})
-        added = learner.config.logit_shift
-        for task in learner.config.tasks:
-            if self.spec.schema_.task(task).kind == "binary":
-                scale, shift = fits.get(task, (1.0, 0.0))
-                calibrator.set(task, scale, shift + added)
-        return [TensorSlice.whole(CALIBRATOR_PREFIX + name, value) for name, value in calibrator.state_dict().items()]
+            return self.publisher.publish(self.spec, self.spec.periods[index], self.steps_done, self.calibration)
 
     def _restore(self) -> tuple[int, CheckpointState | None]:
         """Index of the period to go on with, and the newest checkpoint."""
@@ -553,13 +339,3 @@ class TrainingLoop:
         if self.progress is not None and self.rank == 0 and now - self._last_progress > PROGRESS_EVERY_S:
             self._last_progress = now
             self.progress(period, step, steps, phase)
-
-
-def _add_shown(calibration: Calibration, learner: Learner, batch: Batch, logits: dict[str, torch.Tensor]) -> None:
-    """Add the impressions of the learner's traffics, and the labels that its training sees: without the lost ones."""
-    lost, seen = learner.config.lost_labels, batch
-    if lost is not None:
-        seen = lose_labels(batch, lost, learner.schema)
-    shown = batch.kind == IMPRESSION
-    own = learner.own_rows(batch)
-    calibration.add(batch, logits, shown if own is None else shown & own, seen)

@@ -16,6 +16,7 @@ from rayfm.serving.teacher import load_version, score_table
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.training.loop import TrainingLoop
 from rayfm.training.lost_labels import LostLabels
+from rayfm.training.scoring import PeriodScores
 from rayfm.training.spec import TrainerSpec
 
 KEY = "dcnv2.none.1"
@@ -34,7 +35,7 @@ def calibrated(store: Path, tmp_path_factory: pytest.TempPathFactory):
     """A calibrated training, and the rows (logit, label, weight) of each period that it predicted."""
     spec = runs.spec(store, tmp_path_factory.mktemp("run"), runs.learner(calibrate=True), checkpoint_every=4)
     rows: list[tuple[torch.Tensor, ...]] = []
-    original = TrainingLoop._score
+    original = PeriodScores.score
 
     def keep(self, state, learner, batch, logits, copies) -> None:
         original(self, state, learner, batch, logits, copies)
@@ -43,7 +44,7 @@ def calibrated(store: Path, tmp_path_factory: pytest.TempPathFactory):
         rows.append((logits["click"][shown], label[shown], batch.weight[shown], shown))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingLoop, "_score", keep)
+        patch.setattr(PeriodScores, "score", keep)
         runs.train_here(spec)
     return spec, rows
 
@@ -156,7 +157,7 @@ def test_a_period_of_one_class_keeps_the_calibrator(calibrated, tmp_path: Path) 
     def predict(self, period, parts) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if period == runs.PERIODS[2]:
-                patch.setattr("rayfm.training.loop._add_shown", lambda *arguments: None)
+                patch.setattr("rayfm.training.scoring._add_shown", lambda *arguments: None)
             original(self, period, parts)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -205,7 +206,7 @@ def test_a_calibrator_sees_what_its_models_training_sees(store: Path, tmp_path: 
     without = runs.learner("fm", seed=3, calibrate=True, lost_labels=hidden)
     spec = runs.spec(store, tmp_path, every, own, without)
     rows: list[tuple[torch.Tensor, ...]] = []
-    original = TrainingLoop._score
+    original = PeriodScores.score
 
     def keep(self, state, learner, batch, logits, copies) -> None:
         original(self, state, learner, batch, logits, copies)
@@ -215,7 +216,7 @@ def test_a_calibrator_sees_what_its_models_training_sees(store: Path, tmp_path: 
             rows.append((logits["click"][feed], label[feed], batch.weight[feed]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingLoop, "_score", keep)
+        patch.setattr(PeriodScores, "score", keep)
         runs.train_here(spec)
     assert 0 < sum(len(logit) for logit, _, _ in rows) < 700
     assert tensors(spec, "fm.none.2")[1] == pytest.approx(fit_platt(*map(torch.cat, zip(*rows, strict=True))), rel=1e-4)

@@ -24,8 +24,8 @@ from rayfm.pipeline.plan import student_specs
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.training import calibration
 from rayfm.training.calibration import CountCalibration, CountsCalibration, reported_counts, start_calibrations
-from rayfm.training.loop import TrainingLoop
 from rayfm.training.lost_labels import LostLabels
+from rayfm.training.scoring import PeriodScores
 from rayfm.training.spec import TrainerSpec
 
 SCHEMA = every_feature_schema()
@@ -93,7 +93,7 @@ def test_hidden_positives_are_made_up_for_by_their_counts(store: Path, tmp_path:
     reported = runs.learner("fm", seed=2, lost_labels=HIDDEN, calibrate=CountsCalibration(by=by, counts=file))
     spec = runs.spec(store, tmp_path / "run", own, reported)
     rows: dict[int, list[tuple[torch.Tensor, ...]]] = {1: [], 2: []}
-    original = TrainingLoop._score
+    original = PeriodScores.score
 
     def keep(self: Any, state: Any, learner: Any, batch: Any, logits: dict[str, torch.Tensor], copies: Any) -> None:
         original(self, state, learner, batch, logits, copies)
@@ -102,7 +102,7 @@ def test_hidden_positives_are_made_up_for_by_their_counts(store: Path, tmp_path:
         rows[learner.config.seed].append((logits["click"][shown], label[shown]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingLoop, "_score", keep)
+        patch.setattr(PeriodScores, "score", keep)
         runs.train_here(spec)
     for seed, batches in rows.items():
         fits = shifts(spec, f"fm.none.{seed}")

@@ -61,7 +61,7 @@ def test_a_reader_is_not_planned_over_periods_that_are_only_predicted(store: Pat
         return SimpleNamespace(periods=periods)
 
     with pytest.MonkeyPatch.context() as patch, single_process_group():
-        patch.setattr("rayfm.training.loop.RayDataReader", keep)
+        patch.setattr("rayfm.training.reading.RayDataReader", keep)
         for trained, index in ((None, 0), (2, 0), (2, 1)):
             spec = whole.model_copy(update={"trained": trained})
             TrainingLoop(spec, runs.Free())._training_reader(index, 0, {})
