@@ -1,0 +1,180 @@
+"""``python -m benchmarks.others --work FOLDER``: rayfm beside FuxiCTR and a plain TorchRec loop (docs/speed.md).
+
+Data, stores and what was measured stay in FOLDER, and what stands there is not measured again, so that a long
+comparison can be made in pieces. FuxiCTR has a Python of its own (``--fuxictr-python``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.others.cases import CRITEO, DATA, MODELS, ROOT, Case, describe, open_case
+from benchmarks.others.table import FUXICTR_BAR, HEADER, PLAIN_BAR, Row, fuxictr_rows, plain_rows
+from benchmarks.others.watch import watch
+
+RESULTS = ROOT / "benchmarks" / "results"
+FUXICTR = "2.3.10"
+INSTALL = (
+    f"FuxiCTR is not measured: give --fuxictr-python PYTHON, one with 'pip install fuxictr=={FUXICTR} torch==2.13.0' "
+    "(a virtual environment of its own; the CPU build of torch)"
+)
+LEARNING_RATES = {"kuairand": 0.001} | dict.fromkeys(CRITEO, 0.003)
+"""FuxiCTR's, for Adam on everything: what gave it the best AUC of 0.001, 0.003 and 0.01 on the held-out rows."""
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "POLARS_MAX_THREADS": "1",
+    "PYTHONWARNINGS": "ignore",
+    "RAY_ADDRESS": "local",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+def missing_fuxictr(python: str | None) -> str | None:
+    """Why FuxiCTR cannot be measured; None where it can."""
+    if python is None:
+        return INSTALL
+    program = "import fuxictr; print(fuxictr.__version__)"
+    try:
+        done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"{INSTALL}; {python}: {error.strerror}"
+    if done.returncode:
+        return f"{INSTALL}; {python}: {(done.stderr.splitlines() or ['it failed'])[-1]}"
+    found = done.stdout.strip()
+    return None if found == FUXICTR else f"{INSTALL}; {python} has {found}"
+
+
+class Bench:
+    """What was measured of one case, kept in its folder."""
+
+    def __init__(self, case: Case, work: Path, python: str | None, learning_rate: float) -> None:
+        self.case, self.work, self.python, self.learning_rate = case, work, python, learning_rate
+        self._file = case.folder / "measured.json"
+        self.measured: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
+
+    def measure(self, side: str, models: list[str], seeds: list[int]) -> None:
+        """Run a side's programs that were not run yet."""
+        if side == "fuxictr":
+            assert self.python is not None
+            command = [self.python, "-m", "benchmarks.others.fuxictr_side"]
+            self._run("fuxictr/prepare", [*command, "prepare", describe(self.case, models[0])])
+            for model in models:
+                for seed in seeds:
+                    arguments = ["train", describe(self.case, model), str(seed), str(self.learning_rate)]
+                    self._run(f"fuxictr/train/{model}/{seed}", [*command, *arguments])
+            return
+        command = [sys.executable, "-m", "benchmarks.others.ours"]
+        place = [self.case.name, str(self.work)]
+        self._run("ours/prepare", [*command, "prepare", *place])
+        part = "train" if side == "ours" else "plain"
+        for model in models:
+            for seed in seeds:
+                self._run(
+                    f"{side}/{part}/{model}/{seed}" if side == "ours" else f"plain/{model}/{seed}",
+                    [*command, part, *place, model, str(seed)],
+                )
+
+    def _run(self, key: str, command: list[str]) -> None:
+        if key in self.measured:
+            return
+        print(f"{self.case.name}: {key} ...", file=sys.stderr, flush=True)
+        log = self.case.folder / f"{key.replace('/', '-')}.log"
+        phases, result = watch(command, ROOT, log, ENVIRONMENT)
+        self.measured[key] = {
+            "phases": {name: dataclasses.asdict(phase) for name, phase in phases.items()},
+            "result": result,
+        }
+        self._file.write_text(json.dumps(self.measured, indent=1) + "\n")
+
+    def rows(self) -> list[Row]:
+        """The table's rows."""
+        rows = []
+        for model in MODELS:
+            rows += fuxictr_rows(self.case.name, model, self.measured)
+            rows += plain_rows(self.case.name, model, self.measured)
+        return rows
+
+
+def short(row: Row) -> bool:
+    """Whether a row misses its bar: of training against the plain loop, of everything against FuxiCTR."""
+    if row.against == "TorchRec":
+        return row.ratio < PLAIN_BAR
+    if row.part == "train":
+        return row.ratio < FUXICTR_BAR or row.auc < row.other_auc
+    return row.part == "both" and row.ratio < FUXICTR_BAR
+
+
+def save(rows: list[Row], benches: list[Bench], load: float) -> None:
+    """Write a dated file with the command, the machine and everything that was measured."""
+    now = datetime.datetime.now(datetime.UTC)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{now:%Y-%m-%dT%H%M}-others.json"
+    content = {
+        "date": f"{now:%Y-%m-%dT%H:%M:%SZ}",
+        "command": shlex.join(["python", "-m", "benchmarks.others", *sys.argv[1:]]),
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load_at_start": load},
+        "fuxictr": {"version": FUXICTR, "learning_rates": {b.case.name: b.learning_rate for b in benches}},
+        "rows": [{k: v for k, v in dataclasses.asdict(row).items() if v == v} for row in rows],
+        "measured": {bench.case.name: bench.measured for bench in benches},
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"saved {path}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.others", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", required=True, type=Path, help="folder for data, stores and what was measured")
+    parser.add_argument("--data", nargs="+", choices=DATA, default=["criteo-1m"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--against", nargs="+", choices=("fuxictr", "torchrec"), default=["fuxictr", "torchrec"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--fuxictr-python", metavar="PYTHON", help="a Python that has FuxiCTR")
+    parser.add_argument("--fuxictr-lr", metavar="RATE", type=float, help="its learning rate, instead of the best found")
+    parser.add_argument("--kuairand", type=Path, metavar="FOLDER", help="KuaiRand-Pure's official files")
+    parser.add_argument("--save", action="store_true", help="keep the figures under benchmarks/results/")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
+    load = os.getloadavg()[0]
+    absent = missing_fuxictr(arguments.fuxictr_python) if "fuxictr" in arguments.against else None
+    benches, rows = [], []
+    for data in arguments.data:
+        case = open_case(data, arguments.work.absolute(), arguments.kuairand)
+        rate = arguments.fuxictr_lr or LEARNING_RATES[data]
+        bench = Bench(case, arguments.work.absolute(), arguments.fuxictr_python, rate)
+        if "fuxictr" in arguments.against:
+            bench.measure("ours", arguments.models, arguments.seeds)
+            if absent is None:
+                bench.measure("fuxictr", arguments.models, arguments.seeds)
+        if "torchrec" in arguments.against:
+            bench.measure("plain", arguments.models, arguments.seeds[:1])
+        benches.append(bench)
+        rows += bench.rows()
+    print("examples a CPU-second; AUC on the newest tenth of the rows, which is held out")
+    print(HEADER)
+    for row in rows:
+        print(row.text())
+    if absent is not None:
+        print(absent)
+    if arguments.save:
+        save(rows, benches, load)
+    return 1 if absent is not None or any(short(row) for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
