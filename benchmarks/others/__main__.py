@@ -24,6 +24,7 @@ from benchmarks.others.watch import watch
 
 RESULTS = ROOT / "benchmarks" / "results"
 FUXICTR = "2.3.10"
+PRECISIONS = ("fp32", "bf16")
 INSTALL = (
     f"FuxiCTR is not measured: give --fuxictr-python PYTHON, one with 'pip install fuxictr=={FUXICTR} torch==2.13.0' "
     "(a virtual environment of its own; the CPU build of torch)"
@@ -79,13 +80,12 @@ class Bench:
         command = [sys.executable, "-m", "benchmarks.others.ours"]
         place = [self.case.name, str(self.work)]
         self._run("ours/prepare", [*command, "prepare", *place])
-        part = "train" if side == "ours" else "plain"
+        part, start = ("train", "ours/train") if side == "ours" else ("plain", "plain")
         for model in models:
             for seed in seeds:
-                self._run(
-                    f"{side}/{part}/{model}/{seed}" if side == "ours" else f"plain/{model}/{seed}",
-                    [*command, part, *place, model, str(seed)],
-                )
+                for precision in PRECISIONS:
+                    key = f"{start}/{model}/{precision}/{seed}"
+                    self._run(key, [*command, part, *place, model, precision, str(seed)])
 
     def _run(self, key: str, command: list[str]) -> None:
         if key in self.measured:
@@ -103,8 +103,9 @@ class Bench:
         """The table's rows."""
         rows = []
         for model in MODELS:
-            rows += fuxictr_rows(self.case.name, model, self.measured)
-            rows += plain_rows(self.case.name, model, self.measured)
+            for precision in PRECISIONS:
+                rows += fuxictr_rows(self.case.name, model, precision, self.measured)
+                rows += plain_rows(self.case.name, model, precision, self.measured)
         return rows
 
 

@@ -16,11 +16,19 @@ from rayfm.schema import Schema
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE_ROWS = 100_000
+LARGEST = 5.6
+"""``log(1 + x)`` of the largest of a million dense values: dense features are scaled to [0, 1], as FuxiCTR's are."""
+
 BLOCK_ROWS = 1_000_000
 """Rows of a file that FuxiCTR's encoder writes, where one file (its default) would be large."""
 
-CRITEO = {"criteo-100k": 100_000, "criteo-1m": 1_000_000, "criteo-20m": 20_000_000}
-"""Generated data sets -> rows."""
+CRITEO = {
+    "criteo-100k": (100_000, planted.AS_CRITEO),
+    "criteo-1m": (1_000_000, planted.AS_CRITEO),
+    "criteo-20m": (20_000_000, planted.AS_CRITEO),
+    "large-1m": (1_000_000, planted.ALL_LARGE),
+}
+"""Generated data sets -> rows, and ids of each sparse feature."""
 DATA = (*CRITEO, "kuairand")
 MODELS = ("dcnv2", "deepfm")
 
@@ -75,7 +83,7 @@ def open_case(name: str, work: Path, kuairand: Path | None = None) -> Case:
     case = Case(name, folder, *(_criteo() if name in CRITEO else _kuairand()))
     if not (folder / "written").exists():
         if name in CRITEO:
-            planted.write(folder, CRITEO[name])
+            planted.write(folder, *CRITEO[name])
         else:
             if kuairand is None:
                 raise SystemExit("kuairand needs --kuairand FOLDER, the folder with its official files")
@@ -85,10 +93,11 @@ def open_case(name: str, work: Path, kuairand: Path | None = None) -> Case:
 
 
 def _criteo() -> tuple[Schema, Sizes]:
+    dense = {"kind": "dense", "transform": "log1p", "std": LARGEST}
     schema = {
         "tables": {f"c{i}": {"rows": TABLE_ROWS} for i in range(planted.SPARSE)},
         "features": [
-            *({"name": f"i{i}", "kind": "dense", "transform": "log1p"} for i in range(planted.DENSE)),
+            *(dense | {"name": f"i{i}"} for i in range(planted.DENSE)),
             *({"name": f"c{i}", "kind": "sparse"} for i in range(planted.SPARSE)),
         ],
         "tasks": [{"name": "click"}],

@@ -33,7 +33,7 @@ PREFETCH = 1
 
 
 class Processor(FeatureProcessor):  # type: ignore[misc]
-    """The encoder, with the transform of the dense features."""
+    """The encoder, with a logarithm of the dense features, which it then scales to [0, 1] itself."""
 
     def log1p(self, name: str) -> pl.Expr:
         return (pl.col(name) + 1.0).log()
@@ -44,7 +44,8 @@ def processor(case: dict[str, Any]) -> FeatureProcessor:
     columns: list[dict[str, Any]] = []
     for column in case["columns"]:
         if column["kind"] == "dense":
-            columns.append({"dtype": "float", "type": "numeric", "preprocess": f"log1p({column['name']})"})
+            scaled = {"preprocess": f"log1p({column['name']})", "normalizer": "MinMaxScaler"}
+            columns.append({"dtype": "float", "type": "numeric", **scaled})
         elif column["kind"] == "sparse":
             columns.append({"dtype": column["type"], "type": "categorical"})
         else:

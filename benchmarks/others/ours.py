@@ -1,4 +1,4 @@
-"""One run of rayfm: ``python -m benchmarks.others.ours prepare|train|plain CASE WORK [MODEL SEED]``.
+"""One run of rayfm: ``python -m benchmarks.others.ours prepare|train|plain CASE WORK [MODEL PRECISION SEED]``.
 
 ``prepare`` is rayfm's, from the flat Parquet into an example store. ``train`` is its training loop over the one period
 and its prediction of the next one. ``plain`` times that loop and a plain TorchRec one in turns (plain.py).
@@ -36,10 +36,12 @@ from rayfm.training.trainer import single_process_group
 REPEATS = 3
 
 
-def training_config(case: Case) -> TrainingConfig:
+def training_config(case: Case, precision: str) -> TrainingConfig:
     """The defaults; the warm-up is that of examples/kuairand.yaml."""
     warmup = 50 if case.name == "kuairand" else 0
-    return TrainingConfig.model_validate({"batch_size": case.sizes.batch, "warmup_steps": warmup})
+    return TrainingConfig.model_validate(
+        {"batch_size": case.sizes.batch, "warmup_steps": warmup, "precision": precision}
+    )
 
 
 def prepare(case: Case) -> None:
@@ -62,7 +64,7 @@ def prepare(case: Case) -> None:
 
 
 @contextlib.contextmanager
-def training_loop(case: Case, model: str, seed: int) -> Iterator[TrainingLoop]:
+def training_loop(case: Case, model: str, precision: str, seed: int) -> Iterator[TrainingLoop]:
     """rayfm's training loop over the case, before its first step."""
     learner = LearnerConfig.model_validate(
         {
@@ -78,7 +80,7 @@ def training_loop(case: Case, model: str, seed: int) -> Iterator[TrainingLoop]:
             name="others",
             role="students",
             learners=(learner,),
-            training=training_config(case),
+            training=training_config(case, precision),
             schema_=case.schema,
             periods=case.periods,
             store=str(case.folder / "store"),
@@ -114,9 +116,9 @@ def parameters(loop: TrainingLoop) -> dict[str, int]:
     return {"table_parameters": tables, "dense_parameters": dense}
 
 
-def train(case: Case, model: str, seed: int) -> None:
+def train(case: Case, model: str, precision: str, seed: int) -> None:
     """One pass over the training part, then the held-out part."""
-    with training_loop(case, model, seed) as loop:
+    with training_loop(case, model, precision, seed) as loop:
         say("start", "train")
         rows = train_period(loop)
         say("stop", "train", rows)
@@ -126,12 +128,12 @@ def train(case: Case, model: str, seed: int) -> None:
         say("result", json.dumps(found | parameters(loop)))
 
 
-def plain(case: Case, model: str, seed: int) -> dict[str, Any]:
+def plain(case: Case, model: str, precision: str, seed: int) -> dict[str, Any]:
     """rayfm's loop from its store and a plain one from memory, in turns; the first pass of each is scored."""
     from benchmarks.others.plain import PlainLoop
 
-    with training_loop(case, model, seed) as loop:
-        other = PlainLoop(case, model, seed, training_config(case))
+    with training_loop(case, model, precision, seed) as loop:
+        other = PlainLoop(case, model, seed, training_config(case, precision))
         train_period(loop)
         other.train()
         scores = {"auc": score(loop, case)["auc"], "other_auc": other.score()}
@@ -152,9 +154,9 @@ def main() -> None:
     if sys.argv[1] == "prepare":
         prepare(case)
     elif sys.argv[1] == "train":
-        train(case, sys.argv[4], int(sys.argv[5]))
+        train(case, *sys.argv[4:6], int(sys.argv[6]))
     else:
-        say("result", json.dumps(plain(case, sys.argv[4], int(sys.argv[5]))))
+        say("result", json.dumps(plain(case, *sys.argv[4:6], int(sys.argv[6]))))
 
 
 if __name__ == "__main__":

@@ -130,6 +130,7 @@ class PlainLoop:
             nn.init.normal_(table.detach(), std=0.0 if name.startswith("weights") else 0.01)
         others = [parameter for name, parameter in self.model.named_parameters() if name not in tables]
         self.adam = torch.optim.Adam(others, lr=training.dense.lr, foreach=True)
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16")
         self.batches, self.held_out = (in_memory(case, period) for period in case.periods)
 
     def train(self) -> float:
@@ -138,7 +139,9 @@ class PlainLoop:
         rows = 0
         for dense_BD, ids, labels_B in self.batches:
             self.adam.zero_grad(set_to_none=True)
-            loss = functional.binary_cross_entropy_with_logits(self.model(dense_BD, ids), labels_B)
+            with self.autocast:
+                logits_B = self.model(dense_BD, ids)
+            loss = functional.binary_cross_entropy_with_logits(logits_B.float(), labels_B)
             loss.backward()
             self.adam.step()
             rows += len(labels_B)
@@ -148,5 +151,6 @@ class PlainLoop:
     def score(self) -> float:
         """AUC on the held-out rows."""
         self.model.eval()
-        logits = torch.cat([self.model(dense_BD, ids) for dense_BD, ids, _ in self.held_out])
+        with self.autocast:
+            logits = torch.cat([self.model(dense_BD, ids).float() for dense_BD, ids, _ in self.held_out])
         return float(roc_auc_score(torch.cat([labels for _, _, labels in self.held_out]), logits))

@@ -6,7 +6,9 @@ import dataclasses
 import statistics
 from typing import Any
 
-HEADER = f"{'data':<12}{'model':<7}{'against':<10}{'part':<9}{'rayfm':>8}{'other':>8}{'ratio':>7}{'AUC':>8}{'other':>8}"
+HEADER = "{:<12}{:<7}{:<5}{:<9}{:<8}{:>8}{:>8}{:>7}{:>8}{:>8}".format(
+    *("data", "model", "", "against", "part", "rayfm", "other", "ratio", "AUC", "other")
+)
 FUXICTR_BAR, PLAIN_BAR = 3.0, 0.95
 
 
@@ -16,6 +18,8 @@ class Row:
 
     data: str
     model: str
+    precision: str
+    """rayfm's, and the plain loop's; FuxiCTR has fp32 alone."""
     against: str
     part: str
     ours: float
@@ -27,13 +31,14 @@ class Row:
     def text(self) -> str:
         auc, other = ("" if value != value else f"{value:.4f}" for value in (self.auc, self.other_auc))
         return (
-            f"{self.data:<12}{self.model:<7}{self.against:<10}{self.part:<9}"
+            f"{self.data:<12}{self.model:<7}{self.precision:<5}{self.against:<9}{self.part:<8}"
             f"{self.ours:>8,.0f}{self.theirs:>8,.0f}{self.ratio:>7.2f}{auc:>8}{other:>8}"
         )
 
 
 Measured = dict[str, Any]
-"""Side/part[/model/seed] -> what it said: ``phases`` (name -> Phase as a mapping) and ``result``."""
+"""``ours/prepare``, ``ours/train/<model>/<precision>/<seed>``, ``fuxictr/prepare``, ``fuxictr/train/<model>/<seed>``,
+``plain/<model>/<precision>/<seed>`` -> what was said: ``phases`` (name -> Phase as a mapping) and ``result``."""
 
 
 def rate(phases: list[dict[str, float]]) -> float:
@@ -41,19 +46,20 @@ def rate(phases: list[dict[str, float]]) -> float:
     return 1.0 / sum(phase["cpu"] / phase["units"] for phase in phases)
 
 
-def fuxictr_rows(data: str, model: str, measured: Measured) -> list[Row]:
+def fuxictr_rows(data: str, model: str, precision: str, measured: Measured) -> list[Row]:
     """Preparing, training, and both together; medians over the seeds that both sides have."""
-    seeds = [key.rsplit("/", 1)[1] for key in measured if key.startswith(f"ours/train/{model}/")]
-    seeds = [seed for seed in seeds if f"fuxictr/train/{model}/{seed}" in measured]
+    start, others = f"ours/train/{model}/{precision}/", f"fuxictr/train/{model}/"
+    seeds = [key.removeprefix(start) for key in measured if key.startswith(start)]
+    seeds = [seed for seed in seeds if others + seed in measured]
     if not seeds:
         return []
     prepared = [measured[f"{side}/prepare"]["phases"]["prepare"] for side in ("ours", "fuxictr")]
-    runs = [[measured[f"{side}/train/{model}/{seed}"] for seed in seeds] for side in ("ours", "fuxictr")]
+    runs = [[measured[place + seed] for seed in seeds] for place in (start, others)]
     trained = [[run["phases"]["train"] for run in side] for side in runs]
     auc = [statistics.mean(run["result"]["auc"] for run in side) for side in runs]
 
     def row(part: str, ours: float, theirs: float, *scores: float) -> Row:
-        return Row(data, model, "FuxiCTR", part, ours, theirs, ours / theirs, *scores)
+        return Row(data, model, precision, "FuxiCTR", part, ours, theirs, ours / theirs, *scores)
 
     alone = [statistics.median(rate([phase]) for phase in side) for side in trained]
     whole = [
@@ -66,11 +72,11 @@ def fuxictr_rows(data: str, model: str, measured: Measured) -> list[Row]:
     ]
 
 
-def plain_rows(data: str, model: str, measured: Measured) -> list[Row]:
+def plain_rows(data: str, model: str, precision: str, measured: Measured) -> list[Row]:
     """Training from the example store against a loop on batches in memory."""
-    found = [value["result"] for key, value in measured.items() if key.startswith(f"plain/{model}/")]
+    found = [value["result"] for key, value in measured.items() if key.startswith(f"plain/{model}/{precision}/")]
     if not found:
         return []
     middle = {name: statistics.median(one[name] for one in found) for name in found[0]}
     columns = (middle[name] for name in ("rate", "other_rate", "cpu", "auc", "other_auc"))
-    return [Row(data, model, "TorchRec", "train", *columns)]
+    return [Row(data, model, precision, "TorchRec", "train", *columns)]
