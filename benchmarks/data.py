@@ -35,14 +35,14 @@ PERIODS = {"2025-01-01": 131_072, "2025-01-02": 786_432}
 SHORT, LONG = PERIODS
 
 
-def schema() -> Schema:
-    """13 dense features, 26 sparse ones with a table each, a click."""
+def schema(sparse: int = SPARSE) -> Schema:
+    """13 dense features, 26 sparse ones (or as many as said) with a table each, a click."""
     return Schema.model_validate(
         {
-            "tables": {f"c{i}": {"rows": TABLE_ROWS} for i in range(SPARSE)},
+            "tables": {f"c{i}": {"rows": TABLE_ROWS} for i in range(sparse)},
             "features": [
                 *({"name": f"i{i}", "kind": "dense", "transform": "log1p"} for i in range(DENSE)),
-                *({"name": f"c{i}", "kind": "sparse"} for i in range(SPARSE)),
+                *({"name": f"c{i}", "kind": "sparse"} for i in range(sparse)),
             ],
             "tasks": [{"name": "click"}],
         }
@@ -55,7 +55,7 @@ def model_config(name: str) -> ModelConfig:
     return config
 
 
-def block(rows: int, first: int, start_us: int, step_us: int, seed: int) -> pa.Table:
+def block(rows: int, first: int, start_us: int, step_us: int, seed: int, sparse: int = SPARSE) -> pa.Table:
     """``rows`` examples from row ``first`` of a period on, in time order."""
     rng = np.random.default_rng((seed, first))
     columns: dict[str, Any] = {
@@ -67,7 +67,7 @@ def block(rows: int, first: int, start_us: int, step_us: int, seed: int) -> pa.T
         values = rng.exponential(20.0, rows).astype(np.float32)
         mask = rng.random(rows) < 0.1 if feature < MISSING else None
         columns[f"i{feature}"] = pa.array(values, mask=mask)
-    for feature in range(SPARSE):
+    for feature in range(sparse):
         # A power of a uniform number: few ids are frequent, most are rare; scrambled, so that ids say nothing.
         skewed = (rng.random(rows) ** 4 * IDS).astype(np.int64)
         columns[f"c{feature}"] = pa.array((mix64(skewed, feature) >> np.uint64(1)).view(np.int64))
@@ -75,16 +75,19 @@ def block(rows: int, first: int, start_us: int, step_us: int, seed: int) -> pa.T
     return pa.table(columns)
 
 
-def write_store(root: Path, periods: dict[str, int] = PERIODS, lanes: int = LANES) -> ExampleStore:
+def write_store(
+    root: Path, periods: dict[str, int] = PERIODS, lanes: int = LANES, sparse: int = SPARSE
+) -> ExampleStore:
     """Write the periods as `prepare` does: the same lanes, row groups and compression."""
     store = ExampleStore(root)
     for position, (period, rows) in enumerate(periods.items()):
         start = START + position * DAY
         step_us = int(DAY / datetime.timedelta(microseconds=1)) // rows
-        sample = block(1, 0, 0, 0, 0)
-        writer = LaneWriter(store, period, "impression", lanes, schema(), sample.schema)
+        sample = block(1, 0, 0, 0, 0, sparse)
+        writer = LaneWriter(store, period, "impression", lanes, schema(sparse), sample.schema)
+        start_us = round(start.timestamp() * 1e6)
         for first in range(0, rows, BLOCK):
-            writer.write(block(min(BLOCK, rows - first), first, round(start.timestamp() * 1e6), step_us, seed=position))
+            writer.write(block(min(BLOCK, rows - first), first, start_us, step_us, seed=position, sparse=sparse))
         store.commit(
             PeriodManifest(
                 period=period,

@@ -72,6 +72,8 @@ LINES = [
     *(Line(f"serving/{m}/{form}", "serving", (m, form), 1.0) for m in ("dlrm", "dcnv2") for form in FORMS),
     # How far `rayfm plan`'s step is from the measured one, either way.
     *(Line(f"plan/{m}", "plan", (m,), 2.0, at_most=True) for m in ("dlrm", "dcnv2", "deepfm")),
+    # Peak memory of a process at 20 million rows over one at a million.
+    *(Line(f"memory/{what}", "memory", (what,), 1.10, at_most=True) for what in ("training", "predicting")),
 ]
 
 
