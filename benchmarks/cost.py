@@ -88,7 +88,8 @@ def students_axis(folder: Path, under: str, students: Iterable[int] = STUDENTS) 
     seen, taught = "2025-01-01", "2025-01-02"
     write_store(Path(store), {seen: TEACHER_ROWS, taught: TAUGHT_ROWS})
     trained = run(Task(store, seen, model="dcnv2", snapshots=snapshots), under)
-    labelled = run(Task(store, taught, model="dcnv2", snapshots=snapshots, label_into=labels), under)
+    task = Task(store, taught, model="dcnv2", what="label", snapshots=snapshots, label_store=labels)
+    labelled = run(task, under)
     teacher = {"trained": trained.cpu, "labelled": labelled.cpu}
     print(f"teacher: {teacher}", file=sys.stderr, flush=True)
     points = []

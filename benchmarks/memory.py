@@ -1,9 +1,9 @@
-"""Peak memory over the length of a period: ``python -m benchmarks.memory STORE training|predicting``.
+"""Peak memory over the length of a period: ``python -m benchmarks.memory STORE training|predicting|preparing``.
 
 A process that trains on a period of 20 million rows against one that trains on a million: the fixed case's DLRM in
-bfloat16 through the training loop, with checkpoints on the way in both; or the same for predicting a period with all of
-its metrics. What is compared is the peak of resident memory, pages of mapped files included. The ratio of CPU-seconds a
-row stands beside it.
+bfloat16 through the training loop, with checkpoints on the way in both. Or the same for predicting a period with all of
+its metrics, or for sorting and writing one as `prepare` does. What is compared is the peak of resident memory, pages of
+mapped files included. The ratio of CPU-seconds a row stands beside it.
 
 The data are written below STORE's folder and removed: 6 GB for a while.
 """
@@ -15,10 +15,16 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.measure import Outcome, report
 from benchmarks.period import Result, Task, run
 
+WORK: dict[str, Literal["train", "predict", "prepare"]] = {
+    "training": "train",
+    "predicting": "predict",
+    "preparing": "prepare",
+}
 FEW, MANY = 1_000_000, 20_000_000
 CHECKPOINT_EVERY = 200
 """Steps: fewer than the smaller period has."""
@@ -44,7 +50,7 @@ def compare(folder: Path, what: str, few: int = FEW, many: int = MANY) -> Outcom
     for rows in (few, many):
         with tempfile.TemporaryDirectory(dir=folder) as store:
             write_store(Path(store), {"2025-01-01": rows})
-            task = Task(store, "2025-01-01", predict=what == "predicting", checkpoint_every=CHECKPOINT_EVERY)
+            task = Task(store, "2025-01-01", what=WORK[what], checkpoint_every=CHECKPOINT_EVERY)
             found.append(run(task))
         shown = {name: round(getattr(found[-1], name) / 1e6) for name in ("peak", "anonymous", "after")}
         print(json.dumps({"rows": rows, "MB": shown, "cpu": found[-1].cpu}), file=sys.stderr, flush=True)
@@ -54,7 +60,7 @@ def compare(folder: Path, what: str, few: int = FEW, many: int = MANY) -> Outcom
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("store", type=Path)
-    parser.add_argument("what", choices=("training", "predicting"))
+    parser.add_argument("what", choices=WORK)
     parser.add_argument("--rows", type=int, nargs=2, default=(FEW, MANY), metavar=("FEW", "MANY"))
     arguments = parser.parse_args()
     report(compare(arguments.store, arguments.what, *arguments.rows))

@@ -1,4 +1,4 @@
-"""One period trained on, predicted or labelled in a process of its own: its CPU-seconds and its peak memory.
+"""One period prepared, trained on, predicted or labelled in a process of its own: its CPU-seconds and its peak memory.
 
 `benchmarks.cost` and `benchmarks.memory` start one for each point of their plots, so that no point inherits another's
 memory, compiled kernels or caches.
@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = "teacher"
@@ -45,14 +45,15 @@ class Task:
     sparse: int = 26
     students: int = 1
     """Learners of the one group, which share a reader; each has its own seed."""
-    predict: bool = False
-    """Predict the period and compute its metrics, instead of training on it."""
+    what: Literal["train", "predict", "label", "prepare"] = "train"
+    """Train on the period; or predict it and compute its metrics; or label it with the newest snapshot; or write it
+    anew as `prepare` does."""
     labels: Labels | None = None
     """Labels to learn from, by an auxiliary head."""
     snapshots: str | None = None
-    """Folder to publish a snapshot into."""
-    label_into: str | None = None
-    """Label store: label the period with the newest snapshot, by one process, instead of training."""
+    """Folder to publish a snapshot into, or to label from."""
+    label_store: str | None = None
+    """Where to label."""
     checkpoint_every: int | None = None
 
 
@@ -172,8 +173,8 @@ def train(task: Task, folder: Path) -> Result:
         ),
         schema_=schema(task.sparse),
         periods=(task.period,),
-        trained=0 if task.predict else None,
-        first_predicted=0 if task.predict else 1,
+        trained=0 if task.what == "predict" else None,
+        first_predicted=0 if task.what == "predict" else 1,
         publish=task.snapshots is not None,
         export_tolerance=None,
         store=task.store,
@@ -197,7 +198,7 @@ def train(task: Task, folder: Path) -> Result:
     record = json.loads((spec.folder / "periods" / f"{task.period}.json").read_text())
     return Result(
         rows=loop.store.manifest(task.period).rows("impression"),
-        cpu=cpu if task.predict else record["cpu_seconds"],
+        cpu=cpu if task.what == "predict" else record["cpu_seconds"],
         whole=time.process_time(),
         peak=status_bytes("VmHWM"),
         anonymous=anonymous,
@@ -219,12 +220,12 @@ def label(task: Task) -> Result:
 
     torch.set_num_threads(1)
     assert task.snapshots is not None
-    assert task.label_into is not None
+    assert task.label_store is not None
     snapshots, key = SnapshotStore(task.snapshots), f"{task.model}.none.1"
     version = max(snapshots.versions(key))
     memory, before = Anonymous(), time.process_time()
     ticket = label_period(
-        LabelStore(task.label_into),
+        LabelStore(task.label_store),
         snapshots,
         ExampleStore(task.store),
         TEACHER,
@@ -244,7 +245,44 @@ def label(task: Task) -> Result:
         peak=status_bytes("VmHWM"),
         after=status_bytes("RssAnon"),
         parts={},
-        labels=Labels(task.label_into, version, ticket["table_version"]),
+        labels=Labels(task.label_store, version, ticket["table_version"]),
+    )
+
+
+def prepare(task: Task, folder: Path) -> Result:
+    """Write the period's rows anew here, from blocks out of time order: what `prepare`'s tasks do, without Ray."""
+    import datetime
+
+    import pyarrow as pa
+
+    from benchmarks.data import LANES, schema
+    from rayfm.data.prepare import write_period
+    from rayfm.data.sources.base import KIND_COLUMN, Period
+    from rayfm.data.staging import stage_rows
+    from rayfm.data.store import ExampleStore
+
+    store, examples = ExampleStore(task.store), schema(task.sparse)
+    manifest = store.manifest(task.period)
+    start, end = (datetime.datetime.fromisoformat(text) for text in (manifest.start, manifest.end))
+    period = Period(name=task.period, start=start, end=end)
+    memory, before = Anonymous(), time.process_time()
+    fragments = []
+    for lane in range(manifest.lanes):
+        file = store.open_lane(task.period, "impression", lane)
+        for group in range(file.num_row_groups):
+            rows = file.read_row_group(group, use_threads=False)
+            rows = rows.append_column(KIND_COLUMN, pa.repeat("impression", rows.num_rows))
+            fragments += stage_rows(rows, examples, [period], frozenset([task.period]), folder / "staging")
+    written = write_period(period, fragments, examples, ExampleStore(folder / "store"), LANES, "benchmark")
+    cpu = time.process_time() - before
+    return Result(
+        rows=written.rows("impression"),
+        cpu=cpu,
+        whole=time.process_time(),
+        anonymous=memory.done(),
+        peak=status_bytes("VmHWM"),
+        after=status_bytes("RssAnon"),
+        parts={},
     )
 
 
@@ -252,7 +290,9 @@ def main() -> None:
     given = json.loads(sys.argv[1])
     task = Task(**given | {"labels": given["labels"] and Labels(**given["labels"])})
     with tempfile.TemporaryDirectory() as folder:
-        result = train(task, Path(folder)) if task.label_into is None else label(task)
+        result = (
+            label(task) if task.what == "label" else (prepare if task.what == "prepare" else train)(task, Path(folder))
+        )
     print(json.dumps(dataclasses.asdict(result)))
 
 

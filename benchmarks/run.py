@@ -73,7 +73,10 @@ LINES = [
     # How far `rayfm plan`'s step is from the measured one, either way.
     *(Line(f"plan/{m}", "plan", (m,), 2.0, at_most=True) for m in ("dlrm", "dcnv2", "deepfm")),
     # Peak memory of a process at 20 million rows over one at a million.
-    *(Line(f"memory/{what}", "memory", (what,), 1.10, at_most=True) for what in ("training", "predicting")),
+    *(
+        Line(f"memory/{what}", "memory", (what,), 1.10, at_most=True)
+        for what in ("training", "predicting", "preparing")
+    ),
 ]
 
 

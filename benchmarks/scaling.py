@@ -173,22 +173,26 @@ def work(rank: int, world: int, folder: str, store: str, cases: Sequence[tuple[s
 
 
 def steps_of(group: Counted, model: str, sharding: str, held: list[Batch], folder: Path) -> Rank:
-    """This rank's mean step over the batches, the first few left out."""
+    """This rank's median step over the batches, the first few left out; its bytes are the mean's."""
     training = TrainingConfig.model_validate({"batch_size": BATCH, "sharding": sharding})
     config = LearnerConfig(model_name=model, variant=sharding, seed=1, model=model_config(model), tasks=("click",))
     learner = Learner(config, training, schema(), torch.device("cpu"), folder / f"{model}.{sharding}.plan")
     watch(learner, group.clock)
-    steps = len(held) - WARM
+    steps: list[dict[str, float]] = []
     for position, batch in enumerate(held):
         if position == WARM:
             group.sent.clear()
-            group.clock.reset()
+        group.clock.reset()
         learner.train_step(batch, position)
-    group.clock.turn("other")
-    seconds = {part: spent / steps for part, spent in group.clock.seconds.items()}
-    seconds["other"] += sum(seconds.pop(part) for part in list(seconds) if part not in PARTS)
+        group.clock.turn("other")
+        steps.append(dict(group.clock.seconds))
+    del steps[:WARM]
+    for step in steps:
+        step["other"] += sum(step.pop(part) for part in list(step) if part not in PARTS)
+    # The median: other work on the machine shows in caches, and so in CPU-seconds, of some steps.
+    seconds = {part: statistics.median(step.get(part, 0.0) for step in steps) for part in PARTS}
     sent = {
-        kind: Sent(*(value / steps for value in dataclasses.astuple(whole)))  # type: ignore[arg-type]
+        kind: Sent(*(value / len(steps) for value in dataclasses.astuple(whole)))  # type: ignore[arg-type]
         for kind, whole in group.sent.items()
     }
     tables = {f"c{feature}" for feature in range(SPARSE)}

@@ -9,9 +9,10 @@ import pytest
 
 from benchmarks import memory, period
 from benchmarks.cost import fit_line, series
-from benchmarks.data import BATCH, write_store
+from benchmarks.data import BATCH, LANES, write_store
 from benchmarks.figures import draw_result
 from benchmarks.period import Result, Task, status_bytes
+from rayfm.data.store import ExampleStore
 
 
 def result(**changes: object) -> Result:
@@ -63,7 +64,9 @@ def test_students_learn_from_labels_of_one_teacher(tmp_path: Path):
     common = {"store": store, "sparse": 3, "precision": "fp32"}
     trained = period.train(Task(period=seen, model="fm", snapshots=snapshots, **common), tmp_path / "one")
     assert trained.rows == BATCH
-    labelled = period.label(Task(period=taught, model="fm", snapshots=snapshots, label_into=labels, **common))
+    labelled = period.label(
+        Task(period=taught, model="fm", what="label", snapshots=snapshots, label_store=labels, **common)
+    )
     assert labelled.rows == 2 * BATCH
     assert labelled.labels is not None
     assert labelled.labels.version.startswith(seen)
@@ -77,10 +80,20 @@ def test_students_learn_from_labels_of_one_teacher(tmp_path: Path):
 def test_a_predicted_period_is_not_trained(tmp_path: Path):
     write_store(tmp_path / "store", {"2025-01-01": BATCH}, sparse=2)
     found = period.train(
-        Task(str(tmp_path / "store"), "2025-01-01", model="fm", sparse=2, predict=True), tmp_path / "run"
+        Task(str(tmp_path / "store"), "2025-01-01", model="fm", sparse=2, what="predict"), tmp_path / "run"
     )
     assert "predict" in found.parts
     assert "backward" not in found.parts
+
+
+def test_a_period_written_anew_has_the_same_rows_in_time_order(tmp_path: Path):
+    store = write_store(tmp_path / "store", {"2025-01-01": BATCH}, sparse=2)
+    found = period.prepare(Task(str(tmp_path / "store"), "2025-01-01", sparse=2, what="prepare"), tmp_path / "run")
+    assert found.rows == BATCH
+    again = ExampleStore(tmp_path / "run" / "store")
+    for lane in range(LANES):
+        was, is_now = (s.open_lane("2025-01-01", "impression", lane).read() for s in (store, again))
+        assert is_now["example_id"].to_pylist() == was["example_id"].to_pylist()
 
 
 def test_a_failed_process_is_an_error(tmp_path: Path):
