@@ -256,8 +256,8 @@ class Encoder:
             lengths.append(counts.astype(np.int32))
         return KeyedJaggedTensor(
             keys=[f.name for f in (*self.single, *self.multi)],
-            values=torch.from_numpy(np.concatenate(values)),
-            lengths=torch.from_numpy(np.concatenate(lengths)),
+            values=torch.from_numpy(_joined(values)),
+            lengths=torch.from_numpy(_joined(lengths)),
         )
 
     def _keyed(self, chunk: EncodedChunk, features: list[Feature], start: int, stop: int) -> KeyedJaggedTensor | None:
@@ -375,6 +375,10 @@ class Encoder:
 
 def _tensor(values: npt.NDArray[Any] | None, start: int, stop: int) -> torch.Tensor | None:
     return None if values is None else torch.from_numpy(values[start:stop])
+
+
+def _joined(parts: list[npt.NDArray[ScalarT]]) -> npt.NDArray[ScalarT]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:

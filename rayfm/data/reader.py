@@ -5,6 +5,7 @@ The cursor of a reader is (period, step); a reader starts at any of them.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -19,6 +20,7 @@ import pyarrow as pa
 from rayfm.config import DataError
 from rayfm.data.batch import Batch
 from rayfm.data.encode import EncodedChunk, Encoder
+from rayfm.data.lanes import ROW_GROUP
 from rayfm.data.span import ReadSpan, rank_lanes
 from rayfm.data.steps import (
     KIND,
@@ -32,6 +34,7 @@ from rayfm.data.steps import (
     count_steps,
     read_steps,
 )
+from rayfm.data.store import PeriodManifest
 from rayfm.data.task_errors import raise_error
 
 if TYPE_CHECKING:
@@ -42,6 +45,9 @@ ItemT = TypeVar("ItemT")
 
 CHUNK_ROWS = 32_768
 """Rows (of impressions, over all ranks) that are read and encoded together."""
+
+SPAN_BYTES = 48 << 20
+"""Most bytes of Parquet files that a task of `RayDataReader` reads: its block, and those in flight, are in memory."""
 
 
 class Reader(Protocol):
@@ -59,6 +65,15 @@ class Reader(Protocol):
 def chunk_steps(plan: ReadPlan) -> int:
     """Steps in a chunk."""
     return max(1, CHUNK_ROWS // plan.batch_size)
+
+
+def span_steps(plan: ReadPlan, manifest: PeriodManifest) -> int:
+    """Steps of a task's span: whole chunks, about a row group of each lane, so that tasks decode few row groups twice;
+    fewer where that would be more than `SPAN_BYTES` of Parquet files."""
+    chunk = chunk_steps(plan)
+    rows = plan.rows_per_lane(manifest.lanes) * chunk
+    size = sum(file.bytes for file in manifest.files) / max(1, count_steps(plan, manifest))
+    return chunk * max(1, min(ROW_GROUP // rows, int(SPAN_BYTES / max(1.0, size * chunk))))
 
 
 def cut(encoder: Encoder, chunk: EncodedChunk, step: npt.NDArray[np.int64], first: int, last: int) -> Iterator[Batch]:
@@ -109,7 +124,8 @@ class RayDataReader:
     """Reads through one Ray Data pipeline over the known periods; they must be asked for in order.
 
     Each task reads and joins the rows of a run of steps for one rank and hands back one Arrow block; the pipeline
-    preserves order, so blocks come back as planned and several are in flight while the trainer works. What a task
+    preserves order, so blocks come back as planned and ``tasks`` of them are in flight while the trainer works. More
+    would start a process each, which costs seconds, also where one decodes faster than the trainer trains. What a task
     refuses (a corrupt file, labels that are gone) is raised here when its steps are asked for, as the same error that
     `ArrowReader` raises.
 
@@ -118,6 +134,7 @@ class RayDataReader:
         encoder: how to turn blocks into tensors, in this process.
         periods: the periods to read, in order.
         start: the cursor (step of the first period) to start at.
+        tasks: reading tasks that run at once.
         cpus: CPUs of a reading task.
     """
 
@@ -129,18 +146,18 @@ class RayDataReader:
         rank: int = 0,
         world: int = 1,
         start: int = 0,
+        tasks: int = 2,
         cpus: float = 0.25,
     ) -> None:
-        self.plan, self.encoder, self.cpus = plan, encoder, cpus
+        self.plan, self.encoder, self.tasks, self.cpus = plan, encoder, tasks, cpus
         self._cache = LaneCache(plan)
         self.periods = list(periods)
         self._spans: list[tuple[str, int, int]] = []
-        size = chunk_steps(plan)
         for position, period in enumerate(self.periods):
-            total = self.steps(period)
-            self._spans += [
-                (period, first, min(total, first + size)) for first in range(start if position == 0 else 0, total, size)
-            ]
+            total, size = self.steps(period), span_steps(plan, self._cache.manifest(period))
+            first = start if position == 0 else 0
+            bounds = [first, *range(first - first % size + size, total, size), total] if first < total else []
+            self._spans += [(period, a, b) for a, b in itertools.pairwise(bounds)]
         self._blocks = self._run(rank, world)
 
     def steps(self, period: str) -> int:
@@ -155,7 +172,13 @@ class RayDataReader:
             # from_items, not from_arrow: that one runs a task of a whole CPU, which a small machine may not have free.
             dataset: ray.data.Dataset = ray.data.from_items(
                 [{"span": position} for position in range(len(spans))], override_num_blocks=len(spans)
-            ).map_batches(read.__call__, batch_size=None, batch_format="pyarrow", num_cpus=self.cpus)
+            ).map_batches(
+                read.__call__,
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=self.cpus,
+                concurrency=min(self.tasks, max(1, len(spans))),
+            )
             blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
         for span in spans:
             block = next(blocks, None)
@@ -165,7 +188,7 @@ class RayDataReader:
             yield span, block
 
     def batches(self, period: str, start: int = 0) -> Iterator[Batch]:
-        plan, total = self.plan, self.steps(period)
+        total = self.steps(period)
         while start < total:
             (found, first, last), table = next(self._blocks)
             if (found, first) != (period, start):
@@ -173,21 +196,41 @@ class RayDataReader:
                     f"periods must be read in order: step {start} of {period} was asked for, step {first} of "
                     f"{found} is next; start a reader at the period wanted"
                 )
-            width = len(plan.supervision)
-            rows = table.num_rows
-            values = _column(table, SUPERVISION).reshape(rows, width)
-            mask = _column(table, SUPERVISION_MASK).reshape(rows, width).astype(np.bool_)
-            representation = representation_mask = None
-            if plan.representations:
-                representation = _column(table, REPRESENTATION).reshape(rows, sum(w for _, w in plan.representations))
-                shape = (rows, len(plan.representations))
-                representation_mask = _column(table, REPRESENTATION_MASK).reshape(shape).astype(np.bool_)
-            chunk = self.encoder.encode(table, _column(table, KIND), values, mask, representation, representation_mask)
-            yield from cut(self.encoder, chunk, _column(table, STEP), first, last)
+            yield from self._encoded(table, first, last)
             start = last
         if period == self.periods[-1]:
             for _ in self._blocks:  # lets the pipeline finish instead of being torn down at exit
                 raise DataError(f"Ray Data gave a block beyond the last step of period {period}")
+
+    def _encoded(self, table: pa.Table, first: int, last: int) -> Iterator[Batch]:
+        """The batches of a block, which has steps ``[first, last)``, encoded a chunk at a time."""
+        plan, size = self.plan, chunk_steps(self.plan)
+        widths = [width for _, width in plan.representations]
+        step = _column(table, STEP)
+        if len(step) and not first <= step[0] <= step[-1] < last:
+            raise DataError(f"Ray Data gave steps {step[0]}..{step[-1]} where {first}..{last - 1} are due")
+        for start in range(first, last, size):
+            stop = min(last, start + size)
+            rows = slice(*np.searchsorted(step, [start, stop]).tolist())
+            part = table.slice(rows.start, rows.stop - rows.start)
+            representation = representation_mask = None
+            if plan.representations:
+                representation = _matrix(part, REPRESENTATION, sum(widths))
+                representation_mask = _matrix(part, REPRESENTATION_MASK, len(widths)).astype(np.bool_)
+            chunk = self.encoder.encode(
+                part,
+                _column(part, KIND),
+                _matrix(part, SUPERVISION, len(plan.supervision)),
+                _matrix(part, SUPERVISION_MASK, len(plan.supervision)).astype(np.bool_),
+                representation,
+                representation_mask,
+            )
+            yield from cut(self.encoder, chunk, step[rows], start, stop)
+
+
+def _matrix(table: pa.Table, name: str, width: int) -> npt.NDArray[Any]:
+    """A column of fixed-size lists: ``[N, width]``."""
+    return _column(table, name).reshape(table.num_rows, width)
 
 
 def _column(table: pa.Table, name: str) -> npt.NDArray[Any]:
@@ -213,6 +256,8 @@ def quiet_ray_data(ordered: bool = False) -> Iterator[None]:
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = ordered
+    if ordered:
+        context.target_max_block_size = None  # what a task gives is one block, however large
     with ray.data.DataContext.current(context):
         yield
 

@@ -167,8 +167,7 @@ class LaneCache:
         self._manifest: PeriodManifest | None = None
         self._steps: dict[int, LaneSteps] = {}
         self._scale: Scale | None = None
-        self._files: dict[tuple[Kind, int], pq.ParquetFile] = {}
-        self._groups: dict[tuple[Kind, int], dict[int, pa.Table]] = {}
+        self._files: dict[tuple[Kind, int], _LaneFile] = {}
 
     def manifest(self, period: str) -> PeriodManifest:
         if period != self._period or self._manifest is None:
@@ -177,7 +176,6 @@ class LaneCache:
             self._steps.clear()
             self._scale = None
             self._files.clear()
-            self._groups.clear()
         return self._manifest
 
     def steps(self, period: str, lane: int) -> LaneSteps:
@@ -194,30 +192,40 @@ class LaneCache:
     def read(self, period: str, kind: Kind, lane: int, start: int, stop: int) -> pa.Table:
         """Rows ``[start, stop)`` of a lane: the row groups that overlap, cut without a copy."""
         self.manifest(period)
-        file = self._files.get((kind, lane))
-        if file is None:
-            file = self._files[kind, lane] = self.plan.store.open_lane(period, kind, lane)
-        names = set(file.schema_arrow.names)
-        columns = [name for name in self.plan.columns if name in names]
-        groups: list[int] = []
-        first, offset = 0, 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if offset < stop and offset + rows > start:
-                first = offset if not groups else first
-                groups.append(group)
-            offset += rows
-        # A chunk is smaller than a row group: what was decoded for the chunk before is not decoded again.
-        held = self._groups.get((kind, lane), {})
+        lane_file = self._files.get((kind, lane))
+        if lane_file is None:
+            opened = self.plan.store.open_lane(period, kind, lane)
+            lane_file = self._files[kind, lane] = _LaneFile(opened, self.plan.columns)
         try:
-            held = {
-                group: held[group] if group in held else file.read_row_group(group, columns, use_threads=False)
-                for group in groups
-            }
+            return lane_file.read(start, stop)
         except (OSError, pa.ArrowInvalid) as error:
             raise _corrupt(self.plan.store.lane_path(period, kind, lane), period, error) from None
-        self._groups[kind, lane] = held
-        return pa.concat_tables(held.values()).slice(start - first, stop - start)
+
+
+class _LaneFile:
+    """An open lane file and the row groups decoded last."""
+
+    def __init__(self, file: pq.ParquetFile, columns: Sequence[str]) -> None:
+        names = set(file.schema_arrow.names)
+        self.file, self.columns = file, [name for name in columns if name in names]
+        metadata = file.metadata
+        rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self.bounds = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+        """Row group g has rows ``[bounds[g], bounds[g + 1])``."""
+        self._held: dict[int, pa.Table] = {}
+
+    def read(self, start: int, stop: int) -> pa.Table:
+        """Rows ``[start, stop)``, at least one: the row groups that overlap, cut without a copy."""
+        first, last = np.searchsorted(self.bounds, [start, stop - 1], "right") - 1
+        groups = range(int(first), int(last) + 1)
+        # A chunk is smaller than a row group: what was decoded for the chunk before is not decoded again.
+        held = self._held
+        self._held = {
+            group: held[group] if group in held else self.file.read_row_group(group, self.columns, use_threads=False)
+            for group in groups
+        }
+        offset = start - int(self.bounds[first])
+        return pa.concat_tables(self._held.values()).slice(offset, stop - start)
 
 
 @dataclasses.dataclass(frozen=True)

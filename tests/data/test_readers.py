@@ -32,6 +32,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ExampleStore:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "CHUNK_ROWS", 256)
+    monkeypatch.setattr(reader_module, "ROW_GROUP", 128)
 
 
 def make(store: ExampleStore, share: float = 0.5, **kwargs) -> tuple[ReadPlan, Encoder]:
@@ -223,6 +224,20 @@ def test_encoding_against_plain_python(store: ExampleStore) -> None:
             assert weights == pytest.approx(row["topics__weights"])
             assert labels == pytest.approx([row["click"], np.log1p(row["watch"])], rel=1e-5)
             assert traffic == row["traffic"]
+
+
+def test_a_reading_task_has_whole_chunks_about_a_row_group_of_each_lane(
+    store: ExampleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, _ = make(store)
+    manifest = store.manifest("2024-01-01")
+    # 64 rows a step, 16 of each of 4 lanes; a chunk of 256 rows is 4 steps, a row group of 128 rows 8 steps.
+    assert reader_module.chunk_steps(plan) == 4
+    assert reader_module.span_steps(plan, manifest) == 8
+    monkeypatch.setattr(reader_module, "SPAN_BYTES", 1)
+    assert reader_module.span_steps(plan, manifest) == 4
+    monkeypatch.setattr(reader_module, "ROW_GROUP", 1)
+    assert reader_module.span_steps(plan, manifest) == 4
 
 
 @pytest.mark.ray
