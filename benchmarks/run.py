@@ -59,6 +59,7 @@ FORMS = ("eager", "torchscript", "int8", "aot_bf16")
 """What a student is served as, each against the exported module as it is."""
 
 CASES = [(model, precision) for model in ("dlrm", "dcnv2") for precision in ("fp32", "bf16")]
+OTHERS = [(model, precision) for model in ("dcnv2", "deepfm") for precision in ("fp32", "bf16")]
 LINES = [
     Line("reader/direct", "reader", ("direct",), 0.7),
     Line("reader/ray_data", "reader", ("ray_data",), 0.3),
@@ -70,6 +71,9 @@ LINES = [
     *(Line(f"endpoint/{m}", "endpoint", (m,), 0.8) for m in ("dlrm", "dcnv2")),
     *(Line(f"endpoint/{m}/haproxy", "endpoint", (m, "haproxy"), 0.8) for m in ("dlrm", "dcnv2")),
     *(Line(f"serving/{m}/{form}", "serving", (m, form), 1.0) for m in ("dlrm", "dcnv2") for form in FORMS),
+    # Against others, in examples a CPU-second; FuxiCTR where $FUXICTR_PYTHON has it (docs/speed.md).
+    *(Line(f"others/torchrec/{m}/{p}", "others.line", ("torchrec", m, p), 0.95) for m, p in OTHERS),
+    *(Line(f"others/fuxictr/{m}/{p}", "others.line", ("fuxictr", m, p), 3.0) for m, p in OTHERS),
     # How far `rayfm plan`'s step is from the measured one, either way.
     *(Line(f"plan/{m}", "plan", (m,), 2.0, at_most=True) for m in ("dlrm", "dcnv2", "deepfm")),
     # Peak memory of a process at 20 million rows over one at a million.

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from benchmarks.others import __main__ as others
-from benchmarks.others import cases, plain, planted, table
+from benchmarks.others import cases, line, plain, planted, table
 from benchmarks.others.watch import watch
+from benchmarks.run import LINES
 from rayfm.data.batch import Batch
 from rayfm.models.base import MODELS
 from rayfm.models.build import build_model
@@ -226,3 +227,17 @@ def test_an_absent_fuxictr_is_named_with_how_to_install_it(tmp_path: Path):
     python.chmod(0o755)
     assert "No module named 'fuxictr'" in str(others.missing_fuxictr(str(python)))
     assert subprocess.run([str(python), "-c", "pass"], check=False).returncode == 0
+
+
+def test_a_line_against_fuxictr_says_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("FUXICTR_PYTHON", raising=False)
+    with pytest.raises(SystemExit, match="not measured: set FUXICTR_PYTHON"):
+        line.main(str(tmp_path), "fuxictr", "dcnv2", "fp32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lines_of_make_bench_are_those_bars():
+    bars = {one.name: (one.bar, one.at_most) for one in LINES if one.module == "others.line"}
+    assert len(bars) == 8
+    assert bars["others/torchrec/dcnv2/bf16"] == (0.95, False)
+    assert bars["others/fuxictr/deepfm/fp32"] == (3.0, False)

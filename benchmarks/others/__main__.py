@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.others.cases import CRITEO, DATA, MODELS, ROOT, Case, describe, open_case
+from benchmarks.others.cases import DATA, MODELS, RATES, ROOT, Case, describe, open_case
 from benchmarks.others.table import FUXICTR_BAR, HEADER, PLAIN_BAR, Row, fuxictr_rows, plain_rows
 from benchmarks.others.watch import watch
 
@@ -29,8 +29,6 @@ INSTALL = (
     f"FuxiCTR is not measured: give --fuxictr-python PYTHON, one with 'pip install fuxictr=={FUXICTR} torch==2.13.0' "
     "(a virtual environment of its own; the CPU build of torch)"
 )
-LEARNING_RATES = {"kuairand": 0.001} | dict.fromkeys(CRITEO, 0.003)
-"""FuxiCTR's, for Adam on everything: what gave it the best AUC of 0.001, 0.003 and 0.01 on the held-out rows."""
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -61,12 +59,12 @@ def missing_fuxictr(python: str | None) -> str | None:
 class Bench:
     """What was measured of one case, kept in its folder."""
 
-    def __init__(self, case: Case, work: Path, python: str | None, learning_rate: float) -> None:
-        self.case, self.work, self.python, self.learning_rate = case, work, python, learning_rate
+    def __init__(self, case: Case, work: Path, python: str | None) -> None:
+        self.case, self.work, self.python = case, work, python
         self._file = case.folder / "measured.json"
         self.measured: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
 
-    def measure(self, side: str, models: list[str], seeds: list[int]) -> None:
+    def measure(self, side: str, models: list[str], seeds: list[int], precisions: tuple[str, ...] = PRECISIONS) -> None:
         """Run a side's programs that were not run yet."""
         if side == "fuxictr":
             assert self.python is not None
@@ -74,7 +72,7 @@ class Bench:
             self._run("fuxictr/prepare", [*command, "prepare", describe(self.case, models[0])])
             for model in models:
                 for seed in seeds:
-                    arguments = ["train", describe(self.case, model), str(seed), str(self.learning_rate)]
+                    arguments = ["train", describe(self.case, model), str(seed), str(self.case.rates(model).fuxictr)]
                     self._run(f"fuxictr/train/{model}/{seed}", [*command, *arguments])
             return
         command = [sys.executable, "-m", "benchmarks.others.ours"]
@@ -83,7 +81,7 @@ class Bench:
         part, start = ("train", "ours/train") if side == "ours" else ("plain", "plain")
         for model in models:
             for seed in seeds:
-                for precision in PRECISIONS:
+                for precision in precisions:
                     key = f"{start}/{model}/{precision}/{seed}"
                     self._run(key, [*command, part, *place, model, precision, str(seed)])
 
@@ -127,7 +125,8 @@ def save(rows: list[Row], benches: list[Bench], load: float) -> None:
         "date": f"{now:%Y-%m-%dT%H:%M:%SZ}",
         "command": shlex.join(["python", "-m", "benchmarks.others", *sys.argv[1:]]),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load_at_start": load},
-        "fuxictr": {"version": FUXICTR, "learning_rates": {b.case.name: b.learning_rate for b in benches}},
+        "fuxictr": FUXICTR,
+        "learning_rates": {f"{data}/{model}": dataclasses.asdict(rates) for (data, model), rates in RATES.items()},
         "rows": [{k: v for k, v in dataclasses.asdict(row).items() if v == v} for row in rows],
         "measured": {bench.case.name: bench.measured for bench in benches},
     }
@@ -143,7 +142,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--against", nargs="+", choices=("fuxictr", "torchrec"), default=["fuxictr", "torchrec"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--fuxictr-python", metavar="PYTHON", help="a Python that has FuxiCTR")
-    parser.add_argument("--fuxictr-lr", metavar="RATE", type=float, help="its learning rate, instead of the best found")
     parser.add_argument("--kuairand", type=Path, metavar="FOLDER", help="KuaiRand-Pure's official files")
     parser.add_argument("--save", action="store_true", help="keep the figures under benchmarks/results/")
     return parser.parse_args()
@@ -156,8 +154,7 @@ def main() -> int:
     benches, rows = [], []
     for data in arguments.data:
         case = open_case(data, arguments.work.absolute(), arguments.kuairand)
-        rate = arguments.fuxictr_lr or LEARNING_RATES[data]
-        bench = Bench(case, arguments.work.absolute(), arguments.fuxictr_python, rate)
+        bench = Bench(case, arguments.work.absolute(), arguments.fuxictr_python)
         if "fuxictr" in arguments.against:
             bench.measure("ours", arguments.models, arguments.seeds)
             if absent is None:

@@ -46,6 +46,28 @@ class Sizes:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rates:
+    """Learning rates of both sides: for generated rows the best of several on the held-out rows themselves."""
+
+    tables: float
+    """Of rayfm's row-wise Adagrad."""
+    dense: float
+    """Of rayfm's Adam."""
+    fuxictr: float
+    """Of FuxiCTR's Adam, which trains tables and all else with one rate."""
+
+
+RATES = {
+    ("criteo", "dcnv2"): Rates(0.1, 0.003, 0.01),
+    ("criteo", "deepfm"): Rates(0.01, 0.001, 0.0003),
+    ("kuairand", "dcnv2"): Rates(0.02, 0.001, 0.001),
+    ("kuairand", "deepfm"): Rates(0.02, 0.001, 0.001),
+}
+"""With a million generated rows, rayfm's are the best of four (DCNv2) and six (DeepFM) pairs, FuxiCTR's of four and
+five rates. With KuaiRand, rayfm's are those of the example, and FuxiCTR's the best of three."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """A data set on disk: ``<folder>/train`` and ``<folder>/test``, in time order."""
 
@@ -53,6 +75,9 @@ class Case:
     folder: Path
     schema: Schema
     sizes: Sizes
+
+    def rates(self, model: str) -> Rates:
+        return RATES["criteo" if self.name in CRITEO else self.name, model]
 
     @property
     def periods(self) -> tuple[str, str]:

@@ -33,10 +33,13 @@ PREFETCH = 1
 
 
 class Processor(FeatureProcessor):  # type: ignore[misc]
-    """The encoder, with a logarithm of the dense features, which it then scales to [0, 1] itself."""
+    """The encoder, with a logarithm of the dense features, which it then scales to [0, 1] itself, and lists as text."""
 
     def log1p(self, name: str) -> pl.Expr:
         return (pl.col(name) + 1.0).log()
+
+    def joined(self, name: str) -> pl.Expr:
+        return pl.col(name).cast(pl.List(pl.String)).list.join("^").fill_null("")
 
 
 def processor(case: dict[str, Any]) -> FeatureProcessor:
@@ -49,7 +52,8 @@ def processor(case: dict[str, Any]) -> FeatureProcessor:
         elif column["kind"] == "sparse":
             columns.append({"dtype": column["type"], "type": "categorical"})
         else:
-            columns.append({"dtype": "str", "type": "sequence"})  # averaged, as rayfm's lists are
+            # Averaged, as rayfm's lists are. Its own way to a list's text leaves nulls, which its tokenizer refuses.
+            columns.append({"dtype": "list", "type": "sequence", "preprocess": f"joined({column['name']})"})
         columns[-1] |= {"name": column["name"], "active": True}
     label = {"name": LABEL, "active": True, "dtype": "float"}
     return Processor(columns, label, dataset_id="fuxictr", data_root=case["data"])
