@@ -20,6 +20,7 @@ from rayfm.distill.base import OBJECTIVES, Objective, ObjectiveConfig, Term
 from rayfm.distill.losses import weighted_term
 from rayfm.distill.scaling import scale_gradient
 from rayfm.models.base import ModelOutput
+from rayfm.models.mlp import full_precision
 from rayfm.schema import Schema
 
 
@@ -80,7 +81,9 @@ class Representation(Objective):
         teacher_BR, mask = batch.represented(self.config.teacher)
         if self.config.rows != "all":
             mask = mask & (batch.kind == (IMPRESSION if self.config.rows == "impressions" else CONSIDERATION))
-        projected_BR = self.projection(scale_gradient(output.representation, self.config.gradient_scale))
+        representation_BH = scale_gradient(output.representation, self.config.gradient_scale)
+        with full_precision(representation_BH):  # a distance to what the teacher stored is no hidden layer
+            projected_BR = self.projection(representation_BH.float())
         distance = l2_distance if self.config.distance == "l2" else cosine_distance
         loss = distance(projected_BR, teacher_BR)
         return {self.config.distance: weighted_term(loss, batch.weight, mask, self.config.weight)}

@@ -26,7 +26,8 @@ class ModelOutput:
     """What a model predicts, before any objective looks at it."""
 
     representation: Tensor
-    """float32 ``[B, H]``: the backbone's last shared layer, which auxiliary heads read (ExFM's x)."""
+    """float32 ``[B, H]``, to objectives bfloat16 where a model is trained so: the backbone's last shared layer, which
+    auxiliary heads read (ExFM's x)."""
     logits: dict[str, Tensor]
     """Task -> float32 ``[B]``: a logit for a binary task, the (transformed) value for a regression."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ class TrainModule(nn.Module):
     Args:
         model: the model that will serve.
         objectives: the terms of its loss, the tasks' own loss among them. What they own is not exported.
-        bf16: run the model under bfloat16 autocast; the objectives always see float32.
+        bf16: run the model, and the hidden layers of the objectives' heads, under bfloat16 autocast. Objectives are
+            given the representation in bfloat16; logits and losses are always float32.
     """
 
     def __init__(self, model: Model, objectives: Sequence[Objective], bf16: bool = False) -> None:
@@ -34,8 +35,7 @@ class TrainModule(nn.Module):
 
     def predict(self, batch: Batch) -> ModelOutput:
         """The model's output in float32."""
-        device = batch.example_id.device.type
-        with torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext():
+        with self._autocast(batch):
             output: ModelOutput = self.model(batch)
         if not self.bf16:
             return output
@@ -45,10 +45,16 @@ class TrainModule(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         output = self.predict(batch)
+        if self.bf16:  # rounded once, not once for each head
+            output = ModelOutput(output.representation.bfloat16(), output.logits)
         sums: dict[str, tuple[Tensor, Tensor]] = {}
-        for position, objective in enumerate(self.objectives):
-            sums |= self._flatten(position, objective(batch, output))
+        with self._autocast(batch):
+            for position, objective in enumerate(self.objectives):
+                sums |= self._flatten(position, objective(batch, output))
         return sums
+
+    def _autocast(self, batch: Batch) -> AbstractContextManager[object]:
+        return torch.autocast(batch.example_id.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def pre_step(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """The terms of what learns before the student does, by the same names and rules."""
