@@ -82,6 +82,13 @@ class Batch:
         """The same batch in page-locked memory, for overlapped copies to a GPU."""
         return self._map("pin_memory")
 
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory of a batch on a GPU until what ``stream`` does with it by now is done."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if hasattr(value, "record_stream"):
+                value.record_stream(stream)
+
     def label(self, task: str) -> tuple[Tensor, Tensor]:
         """Label and mask of one task, each ``[B]``."""
         column = self.tasks.index(task)

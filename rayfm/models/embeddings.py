@@ -44,7 +44,21 @@ def select_features(schema: Schema, names: tuple[str, ...] | None) -> list[Featu
     return [feature for feature in schema.features if feature.name in names]
 
 
-class FeatureEmbeddings(nn.Module):
+class LookUp(nn.Module):
+    """A module that looks features up in embedding collections of its own.
+
+    Attributes:
+        given: what ``ids`` says of the next batch, where a training pipeline has asked ahead of the forward.
+    """
+
+    given: dict[str, KeyedJaggedTensor] | None = None
+
+    def ids(self, batch: Batch) -> dict[str, KeyedJaggedTensor]:
+        """What each of its collections, by the name of its attribute, looks up for a batch."""
+        raise NotImplementedError
+
+
+class FeatureEmbeddings(LookUp):
     """One vector a feature and example, ``[B, F, E]``, in the schema's order, histories last.
 
     A table is looked up once for all features that share it: single ids, multi-valued features and sequences are in
@@ -134,21 +148,41 @@ class FeatureEmbeddings(nn.Module):
             return looked_up_BFE
         return torch.cat([looked_up_BFE, self.histories(batch).to(looked_up_BFE.dtype)], dim=1)
 
+    def ids(self, batch: Batch) -> dict[str, KeyedJaggedTensor]:
+        """What each collection (``bags``, ``weighted_bags``) looks up for ``batch``, empty lists for rows beyond it.
+
+        A collective call in training where a collection is sharded by rows.
+
+        Raises:
+            DataError: the batch lacks a feature.
+        """
+        if not self._looked_up:
+            return {}
+        looked_up = self._rows_to_look_up(batch)
+        found: dict[str, KeyedJaggedTensor | None] = {}
+        if self.bags is not None:
+            found["bags"] = (
+                self._order.select(join(batch.sparse, batch.sequence))
+                if len(batch)
+                else no_rows(self._order.keys, batch)
+            )
+        if self.weighted_bags is not None:
+            found["weighted_bags"] = (
+                self._weighted_order.select(batch.weighted)
+                if len(batch)
+                else no_rows(self._weighted_order.keys, batch, is_weighted=True)
+            )
+        # `select` gives None for no keys alone, and a collection has some.
+        wide = {name: ids if looked_up == len(batch) else padded(ids, looked_up) for name, ids in found.items()}
+        return {name: ids for name, ids in wide.items() if ids is not None}
+
     def _features(self, batch: Batch) -> Tensor:
         """The features alone."""
         if not self._looked_up:
             return batch.dense.new_zeros(len(batch), 0, self.embedding_dim)
-        rows = len(batch)
-        looked_up = self._rows_to_look_up(batch)
-        keys, weighted_keys = self._order.keys, self._weighted_order.keys
-        if rows:
-            ids = self._order.select(join(batch.sparse, batch.sequence)) if keys else None
-            weighted = self._weighted_order.select(batch.weighted) if weighted_keys else None
-        else:
-            ids, weighted = no_rows(keys, batch), no_rows(weighted_keys, batch, is_weighted=True)
-        if looked_up == rows:
-            return self._look_up(ids, weighted)
-        return self._look_up(padded(ids, looked_up), padded(weighted, looked_up))[:rows]
+        ids = self.given if self.given is not None else self.ids(batch)
+        vectors_BFE = self._look_up(ids.get("bags"), ids.get("weighted_bags"))
+        return vectors_BFE if len(vectors_BFE) == len(batch) else vectors_BFE[: len(batch)]
 
     def _rows_to_look_up(self, batch: Batch) -> int:
         """Rows to look up, those beyond the batch's as empty lists.

@@ -74,4 +74,5 @@ def padded(ids: KeyedJaggedTensor | None, rows: int) -> KeyedJaggedTensor | None
         values=ids.values(),
         lengths=functional.pad(lengths, (0, rows - lengths.shape[1])).reshape(-1),
         weights=ids.weights_or_none(),
+        length_per_key=ids.length_per_key_or_none(),  # as before; else counting them would wait for a GPU
     )

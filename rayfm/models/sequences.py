@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
-from torchrec.sparse.jagged_tensor import JaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from rayfm.config import ConfigError
 from rayfm.data.batch import Batch
@@ -25,6 +25,7 @@ from rayfm.models.embeddings import (
     INIT_STD,
     DenseFeatures,
     FeatureEmbeddings,
+    LookUp,
     require_module_names,
     select_features,
 )
@@ -54,7 +55,7 @@ class PaddedSequence:
         return (self.lengths.unsqueeze(1) - 1 - positions).clamp_min(0)
 
 
-class SequenceEmbeddings(nn.Module):
+class SequenceEmbeddings(LookUp):
     """Sequences unpooled, and one vector for every other feature, ``[B, F, E]``, in the schema's order.
 
     Where the collections are sharded, the result is the same. Lists that are no sequences are averaged; an empty list
@@ -128,8 +129,8 @@ class SequenceEmbeddings(nn.Module):
         """F."""
         return len(self.names)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, PaddedSequence]]:
-        """The vectors, ``[B, F, E]``, and each sequence padded to its ``max_len``.
+    def ids(self, batch: Batch) -> dict[str, KeyedJaggedTensor]:
+        """What ``unpooled`` looks up for ``batch``; ``pooled`` is asked for its own.
 
         Raises:
             DataError: the batch lacks a feature.
@@ -138,7 +139,18 @@ class SequenceEmbeddings(nn.Module):
         # No collection takes a batch without rows, yet a rank that has none must take part in the sharded ones'
         # exchange. (Unlike the pooled ones', row-wise exchanges of sequences do not need equally many rows.)
         ids = self._order.select(join(batch.sparse, batch.sequence)) if rows else no_rows(self._order.keys, batch)
-        found: dict[str, JaggedTensor] = dict(self.unpooled(padded(ids, max(1, rows))).items())
+        wide = padded(ids, max(1, rows))
+        return {} if wide is None else {"unpooled": wide}
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, PaddedSequence]]:
+        """The vectors, ``[B, F, E]``, and each sequence padded to its ``max_len``.
+
+        Raises:
+            DataError: the batch lacks a feature.
+        """
+        rows = len(batch)
+        ids = self.given if self.given is not None else self.ids(batch)
+        found: dict[str, JaggedTensor] = dict(self.unpooled(ids["unpooled"]).items())
         sequences = {}
         for feature in self.sequences:
             jagged = found[feature.name]

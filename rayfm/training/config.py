@@ -67,6 +67,22 @@ class DenseOptimizer(Config):
         return self
 
 
+class TableMemory(Config):
+    """Where the rows of a table, and what its optimiser keeps of them, are on a GPU. The numbers stay the same."""
+
+    kind: Literal["device", "uvm", "uvm_caching"] = "device"
+    """``device``: the GPU's memory. ``uvm``: the host's memory, read through the bus. ``uvm_caching``: the host's, and
+    a cache of rows on the GPU, for tables larger than a GPU."""
+    cache_load_factor: float = Field(0.2, gt=0, le=1)
+    """Share of the rows that the cache of ``uvm_caching`` holds (0.2 is TorchRec's own default)."""
+
+    @model_validator(mode="after")
+    def _own_keys(self) -> TableMemory:
+        if self.kind != "uvm_caching" and "cache_load_factor" in self.model_fields_set:
+            raise ValueError(f"cache_load_factor is of kind uvm_caching, and the kind is {self.kind}; leave it out")
+        return self
+
+
 class DivergenceConfig(Config):
     """When a loss counts as exploded. (One that is not finite always stops a run.)"""
 
@@ -96,8 +112,12 @@ class TrainingConfig(Config):
     batch_size: int = Field(512, ge=1)
     """Global batch size in impressions; a multiple of the number of lanes."""
     predict_batch_size: int = Field(4096, ge=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16``: the backbone runs under autocast; tables, losses and optimisers stay fp32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """``bf16``: the backbone runs under autocast; tables, losses and optimisers stay fp32. ``tf32``: matrix products of
+    a GPU round their float32 inputs to 10 bits of mantissa; for GPUs alone."""
+    pipeline: Literal["auto", "none", "sparse_dist"] = "auto"
+    """``sparse_dist``: TorchRec's training pipeline, in which the next step's ids travel between workers while this one
+    computes; the numbers stay the same. ``none``: one step after the other. ``auto``: the pipeline on CUDA alone."""
     reader: ReaderKind = "arrow"
     """``ray_data``: tasks of the cluster read ahead; a teacher's default. ``arrow``: the worker reads by itself."""
 
@@ -112,6 +132,10 @@ class TrainingConfig(Config):
     """Parts of a column-wise table. Not one a worker: row-wise Adagrad keeps a sum for each part of a row, so that
     another number of parts trains to other values, and its state goes nowhere else."""
     row_wise_from: int = Field(1_000_000, ge=1)
+    table_memory: TableMemory = TableMemory()
+    """Of all tables but those under adam, which every GPU holds whole."""
+    table_memory_overrides: dict[str, TableMemory] = {}
+    """Table -> its own memory."""
     dense: DenseOptimizer = DenseOptimizer()
     warmup_steps: int = Field(0, ge=0)
     """Steps over which every learning rate rises linearly from 0 to its value (Goyal et al. 2017)."""
@@ -156,7 +180,34 @@ class TrainingConfig(Config):
             )
         if self.device == "cuda" and self.gpus_per_worker == 0:
             raise ValueError("device cuda needs gpus_per_worker above 0")
+        if self.precision == "tf32" and not self._has_gpu:
+            raise ValueError("precision tf32 is of GPUs; give workers one (gpus_per_worker), or take fp32 or bf16")
+        if self.on_host and not self._has_gpu:
+            raise ValueError(
+                f"table_memory of {', '.join(self.on_host)} is beside a GPU's, and workers have none; leave it out, or "
+                "give workers a GPU (gpus_per_worker)"
+            )
+        for table, memory in self.table_memory_overrides.items():
+            if memory.kind != "device" and self.optimizer_of(table).type == "adam":
+                raise ValueError(
+                    f"table {table!r}: {memory.kind} is of the fused optimisers, and its own is adam, which keeps a "
+                    "copy on every GPU; take another optimiser, or leave its table_memory out"
+                )
         return self
+
+    @property
+    def _has_gpu(self) -> bool:
+        return self.gpus_per_worker > 0 and self.device != "cpu"
+
+    @property
+    def on_host(self) -> list[str]:
+        """What is not in a GPU's memory, for messages: tables by name, or all."""
+        named = [name for name, memory in self.table_memory_overrides.items() if memory.kind != "device"]
+        return named if self.table_memory.kind == "device" else ["all tables"]
+
+    def memory_of(self, table: str) -> TableMemory:
+        """Where a table's rows are on a GPU."""
+        return self.table_memory_overrides.get(table, self.table_memory)
 
     def optimizer_of(self, table: str) -> TableOptimizer:
         """The optimiser of a table."""

@@ -18,6 +18,7 @@ from rayfm.export.student import check_export
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import FileRecord, SnapshotManifest
 from rayfm.snapshots.publish import SnapshotWriter
+from rayfm.training.device import full_float32
 from rayfm.training.learner import Learner
 
 CHECKED_ROWS = 1024
@@ -43,7 +44,8 @@ def trained_rows(learner: Learner, batch: Batch) -> CheckRows:
     batch = _with_histories(batch)
     learner.dmp.eval()
     # Not through `predict`, which runs in bf16 where training does: an export is compared with the weights in fp32.
-    logits = learner.module.model(batch.to(learner.device)).logits
+    with full_float32():
+        logits = learner.module.model(batch.to(learner.device)).logits
     own = only_inputs(batch, learner.config.model.features, len(batch), learner.config.histories())
     return CheckRows(own, {task: z.float().cpu() for task, z in logits.items()})
 

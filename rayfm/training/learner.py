@@ -50,6 +50,7 @@ from rayfm.training.sharding import (
     table_configs,
     weight_name,
 )
+from rayfm.training.table_memory import forget_caches
 
 
 class LearnerConfig(Config):
@@ -137,7 +138,7 @@ class Learner:
             module,
             env=ShardingEnv.from_process_group(dist.group.WORLD),
             device=device,
-            plan=sharding_plan(module, placement, self.world, device),
+            plan=sharding_plan(module, placement, self.world, device, training),
             sharders=sharders(),
             data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=True, params_to_ignore=list(ahead)),
         )
@@ -178,6 +179,8 @@ class Learner:
         weights, state = self.dmp.state_dict(), self.optimizers.combined().state_dict()["state"]
         for name in names:
             reset_rows(weights, state, name, rows_K, self.config.seed, self._table_std[name])
+        if self.training.on_host:
+            forget_caches(self.module)
 
     def own_rows(self, batch: Batch) -> Tensor | None:
         """bool ``[B]``: the rows of this learner's traffics; None for all."""
@@ -193,25 +196,9 @@ class Learner:
             DivergenceError: a term is not finite, or has exploded. Nothing was changed by the step.
         """
         started = time.perf_counter()
-        if self.config.lost_labels is not None:
-            batch = lose_labels(batch, self.config.lost_labels, self.schema)
-        own = self.own_rows(batch)
-        if own is not None:
-            # Others' rows stay in the batch, so that every learner of the group reads the same one; they weigh nothing.
-            batch = dataclasses.replace(batch, weight=batch.weight * own)
-        if not self.dmp.training:  # setting it walks through every module, a tenth of a small model's step
-            self.dmp.train()
-        self.optimizers.begin(step)
-        masks = step_masks(self.config.seed, step, self.rank, self.device) if self._drops else nullcontext()
-        with masks:
-            if self._ahead:
-                self._pre_step(batch)
-            sums = self.dmp(batch)
-        totals = self._reduce(sums)
+        self.begin(step)
+        loss, terms = self.forward(batch, step)
         forward = time.perf_counter()
-        loss = self._loss(sums, totals)
-        terms = {name: (total[0], total[1]) for name, total in zip(sums, totals.tolist(), strict=True)}
-        self._check(terms, batch, step)
         loss.backward()
         backward = time.perf_counter()
         self.optimizers.step()
@@ -220,6 +207,31 @@ class Learner:
         self.clock.backward += backward - forward
         self.clock.optimizer += done - backward
         return terms
+
+    def begin(self, step: int) -> None:
+        """Make ready for a step: training mode, the step's learning rates, no gradients."""
+        if not self.dmp.training:  # setting it walks through every module, a tenth of a small model's step
+            self.dmp.train()
+        self.optimizers.begin(step)
+
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, tuple[float, float]]]:
+        """This rank's share of the loss, and the terms as `train_step` returns and refuses them."""
+        if self.config.lost_labels is not None:
+            batch = lose_labels(batch, self.config.lost_labels, self.schema)
+        own = self.own_rows(batch)
+        if own is not None:
+            # Others' rows stay in the batch, so that every learner of the group reads the same one; they weigh nothing.
+            batch = dataclasses.replace(batch, weight=batch.weight * own)
+        masks = step_masks(self.config.seed, step, self.rank, self.device) if self._drops else nullcontext()
+        with masks:
+            if self._ahead:
+                self._pre_step(batch)
+            sums = self.dmp(batch)
+        totals = self._reduce(sums)
+        loss = self._loss(sums, totals)
+        terms = {name: (total[0], total[1]) for name, total in zip(sums, totals.tolist(), strict=True)}
+        self._check(terms, batch, step)
+        return loss, terms
 
     def _check(self, terms: dict[str, tuple[float, float]], batch: Batch, step: int) -> None:
         """Raises DivergenceError where a term is not finite or has exploded: on every rank, since all have its sums."""

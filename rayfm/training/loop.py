@@ -12,14 +12,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from rayfm.data.batch import Batch
 from rayfm.data.reader import Reader
 from rayfm.data.store import ExampleStore, write_json_atomic
 from rayfm.export.calibration import Fits
 from rayfm.metrics import RateCounter, bootstrap_weights
 from rayfm.training.agree import agree
-from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor, world_device
+from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor
 from rayfm.training.columns import check_logged, check_requests
+from rayfm.training.device import set_up, worker_device
 from rayfm.training.divergence import DivergenceError
+from rayfm.training.feed import Feed
 from rayfm.training.follow import Following, StopRequested, ask_or_stop, unless_stopped
 from rayfm.training.ids import Vocabularies
 from rayfm.training.learner import Learner
@@ -31,6 +34,7 @@ from rayfm.training.reading import Reading, histories
 from rayfm.training.schedule import Schedule
 from rayfm.training.scoring import PeriodScores
 from rayfm.training.spec import Coordinator, LabelSource, PinnedLabels, TrainerSpec
+from rayfm.training.stepping import Stepping
 
 AnswerT = TypeVar("AnswerT")
 
@@ -57,12 +61,14 @@ class TrainingLoop:
         self.spec, self.coordinator, self.label_source, self.progress = spec, coordinator, label_source, progress
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         torch.set_num_threads(spec.training.threads)
-        self.device = world_device(self.rank, spec.training.device)
+        self.device = worker_device(self.rank, spec.training)
+        set_up(self.device, spec.training)
         self.store = ExampleStore(spec.store)
         self.learners = [
             Learner(config, spec.training, spec.schema_, self.device, spec.folder / "plans" / f"{config.key}.json")
             for config in spec.learners
         ]
+        self.stepping = Stepping(spec.training, self.learners, self.device)
         tasks = tuple(dict.fromkeys(task for learner in spec.learners for task in learner.tasks))
         self.tasks = tuple((task.name, task.kind) for task in spec.schema_.tasks if task.name in tasks)
         self.rates = RateCounter([name for name, _ in self.tasks])
@@ -214,42 +220,50 @@ class TrainingLoop:
                 labels = self._agree(lambda: self.coordinator.wait_labels(period)) if self.spec.teachers else {}
         reader = self._training_reader(index, start, labels)
         steps = reader.steps(period)
-        losses: dict[str, list[float]] = partial.setdefault("losses", {})
+        feed = Feed(parts.iterate(reader.batches(period, start)), self.device, self.stepping.ahead)
+        partial.setdefault("losses", {})
         partial.setdefault("examples", 0)
-        tasks = [name for name, _ in self.tasks]
-        for step, cpu_batch in enumerate(parts.iterate(reader.batches(period, start)), start):
-            self._report(period, step, steps, "train")
-            partial["examples"] += len(cpu_batch)
-            for task in tasks:
-                # Of all rows with their true labels, whatever a learner sees of them: one unit of `ne_train` for all.
-                label, known = cpu_batch.label(task)
-                self.rates.update(task, label, known, cpu_batch.weight)
-            batch = cpu_batch.to(self.device)
-            for learner in self.learners:
-                key = learner.config.key
-                try:
-                    terms = learner.train_step(batch, self.steps_done[key])
-                except DivergenceError as error:
-                    raise DivergenceError(f"{error} (step {step} of {period}; {self._kept()})") from None
-                self.steps_done[key] += 1
-                for term, (total, weight) in terms.items():
-                    sums = losses.setdefault(f"{key}/{term}", [0.0, 0.0])
-                    sums[0] += total
-                    sums[1] += weight
-            if self.ledger is not None:
-                self.ledger.enter(period, step, cpu_batch.example_id.numpy())
-            stop = step + 1 < steps and self._stops()
-            if stop or (step + 1 < steps and self.schedule.due(step, self.checkpoints.busy)):
-                cursor = Cursor(finished=self.spec.periods[:index], period=period, step=step + 1)
-                wait = stop or not self.spec.training.async_checkpoints
-                self._checkpoint(cursor, labels, partial, parts, wait=wait)
-            if stop:
-                raise StopRequested
+        with self.stepping.steppers(feed) as steppers:
+            for step, (cpu_batch, batch) in enumerate(feed, start):
+                self._report(period, step, steps, "train")
+                self._count(cpu_batch, partial)
+                for learner, stepper in steppers:
+                    try:
+                        terms = stepper.train_step(batch, self.steps_done[learner.config.key])
+                    except DivergenceError as error:
+                        raise DivergenceError(f"{error} (step {step} of {period}; {self._kept()})") from None
+                    self._trained(learner, terms, partial)
+                if self.ledger is not None:
+                    self.ledger.enter(period, step, cpu_batch.example_id.numpy())
+                stop = step + 1 < steps and self._stops()
+                if stop or (step + 1 < steps and self.schedule.due(step, self.checkpoints.busy)):
+                    cursor = Cursor(finished=self.spec.periods[:index], period=period, step=step + 1)
+                    wait = stop or not self.spec.training.async_checkpoints
+                    self._checkpoint(cursor, labels, partial, parts, wait=wait)
+                if stop:
+                    raise StopRequested
         for learner in self.learners:
             for part, seconds in vars(learner.clock).items():
                 parts.add(part, seconds)
             learner.clock = type(learner.clock)()
         return int(sum_over_ranks(torch.tensor(partial["examples"]), self.device))
+
+    def _count(self, batch: Batch, partial: dict[str, Any]) -> None:
+        """Count a step's rows."""
+        partial["examples"] += len(batch)
+        for task, _ in self.tasks:
+            # Of all rows with their true labels, whatever a learner sees of them: one unit of `ne_train` for all.
+            label, known = batch.label(task)
+            self.rates.update(task, label, known, batch.weight)
+
+    def _trained(self, learner: Learner, terms: dict[str, tuple[float, float]], partial: dict[str, Any]) -> None:
+        """Count a step that a learner has made."""
+        key = learner.config.key
+        self.steps_done[key] += 1
+        for term, (total, weight) in terms.items():
+            sums = partial["losses"].setdefault(f"{key}/{term}", [0.0, 0.0])
+            sums[0] += total
+            sums[1] += weight
 
     def _training_reader(self, index: int, start: int, labels: dict[str, PinnedLabels]) -> Reader:
         return self.reading.training(self.spec, index, start, labels)

@@ -35,7 +35,7 @@ def fuse_table_optimizers(module: nn.Module, config: TrainingConfig, known: Iter
         ConfigError: an override names a table that is not known.
     """
     known = list(known)
-    for name in (*config.table_overrides, *config.sharding_overrides):
+    for name in (*config.table_overrides, *config.sharding_overrides, *config.table_memory_overrides):
         if name not in known:
             raise ConfigError(f"training override for table {name!r}, which is not in the schema{nearest(name, known)}")
     for path, collection in collections(module).items():

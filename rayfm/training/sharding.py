@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,6 +30,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from rayfm.config import Config, ConfigError, RayfmError
 from rayfm.data.store import write_json_atomic
 from rayfm.training.config import TrainingConfig
+from rayfm.training.table_memory import set_memory
 
 
 class TablePlacement(Config):
@@ -132,8 +134,20 @@ def place(module: nn.Module, config: TrainingConfig, world: int) -> Placement:
     return placement
 
 
-def sharding_plan(module: nn.Module, placement: Placement, world: int, device: torch.device) -> ShardingPlan:
-    """TorchRec's plan for a placement."""
+def sharding_plan(
+    module: nn.Module, placement: Placement, world: int, device: torch.device, config: TrainingConfig | None = None
+) -> ShardingPlan:
+    """TorchRec's plan for a placement.
+
+    Args:
+        module: the unsharded module.
+        placement: where its tables live.
+        world: workers.
+        device: a worker's; of a node's GPUs each of its workers has one.
+        config: says in which memory of a GPU's node the tables are; None: all on the GPUs.
+    """
+    # What a rank's shard says of its device must be that device: on a GPU, the place among its node's.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if device.type == "cuda" else world
     plan = {}
     for path, collection in collections(module).items():
         generators: dict[str, ParameterShardingGenerator] = {}
@@ -147,8 +161,11 @@ def sharding_plan(module: nn.Module, placement: Placement, world: int, device: t
         sharder: ModuleSharder[nn.Module]
         sharder = SequenceSharder() if isinstance(collection, EmbeddingCollection) else Sharder()
         plan[path] = construct_module_sharding_plan(
-            collection, generators, sharder=sharder, world_size=world, local_size=world, device_type=device.type
+            collection, generators, sharder=sharder, world_size=world, local_size=local, device_type=device.type
         )
+        if device.type == "cuda" and config is not None:
+            for table, sharding in plan[path].items():
+                set_memory(sharding, config.memory_of(table))
     return ShardingPlan(plan)
 
 

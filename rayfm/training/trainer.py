@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from rayfm.config import RayfmError
@@ -78,7 +79,9 @@ def single_process_group() -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        # TorchRec exchanges ids and rows through collectives with one worker too, and gloo has none for a GPU's memory.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
         try:
             yield
         finally:
