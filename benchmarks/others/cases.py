@@ -60,8 +60,8 @@ class Rates:
 RATES = {
     ("criteo", "dcnv2"): Rates(0.1, 0.003, 0.01),
     ("criteo", "deepfm"): Rates(0.01, 0.001, 0.0003),
-    ("kuairand", "dcnv2"): Rates(0.02, 0.001, 0.001),
-    ("kuairand", "deepfm"): Rates(0.02, 0.001, 0.001),
+    ("kuairand", "dcnv2"): Rates(0.02, 0.001, 0.0003),
+    ("kuairand", "deepfm"): Rates(0.02, 0.001, 0.0003),
 }
 """With a million generated rows, rayfm's are the best of four (DCNv2) and six (DeepFM) pairs, FuxiCTR's of four and
 five rates. With KuaiRand, rayfm's are those of the example, and FuxiCTR's the best of three."""
