@@ -15,6 +15,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Bench:
         self._file = case.folder / "measured.json"
         self.measured: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
 
-    def measure(self, side: str, models: list[str], seeds: list[int], precisions: tuple[str, ...] = PRECISIONS) -> None:
+    def measure(self, side: str, models: list[str], seeds: list[int], precisions: Sequence[str] = PRECISIONS) -> None:
         """Run a side's programs that were not run yet."""
         if side == "fuxictr":
             assert self.python is not None
@@ -140,6 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", choices=DATA, default=["criteo-1m"])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--against", nargs="+", choices=("fuxictr", "torchrec"), default=["fuxictr", "torchrec"])
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--fuxictr-python", metavar="PYTHON", help="a Python that has FuxiCTR")
     parser.add_argument("--kuairand", type=Path, metavar="FOLDER", help="KuaiRand-Pure's official files")
@@ -156,11 +158,11 @@ def main() -> int:
         case = open_case(data, arguments.work.absolute(), arguments.kuairand)
         bench = Bench(case, arguments.work.absolute(), arguments.fuxictr_python)
         if "fuxictr" in arguments.against:
-            bench.measure("ours", arguments.models, arguments.seeds)
+            bench.measure("ours", arguments.models, arguments.seeds, arguments.precisions)
             if absent is None:
                 bench.measure("fuxictr", arguments.models, arguments.seeds)
         if "torchrec" in arguments.against:
-            bench.measure("plain", arguments.models, arguments.seeds[:1])
+            bench.measure("plain", arguments.models, arguments.seeds[:1], arguments.precisions)
         benches.append(bench)
         rows += bench.rows()
     print("examples a CPU-second; AUC on the newest tenth of the rows, which is held out")
