@@ -9,7 +9,7 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
@@ -31,6 +31,7 @@ from rayfm.data.steps import (
     SUPERVISION_MASK,
     LaneCache,
     ReadPlan,
+    StepRows,
     count_steps,
     read_steps,
 )
@@ -84,7 +85,7 @@ def cut(encoder: Encoder, chunk: EncodedChunk, step: npt.NDArray[np.int64], firs
 
 
 class ArrowReader:
-    """Reads lane files with pyarrow in this process; a thread prefetches the next chunk.
+    """Reads lane files with pyarrow in this process: a thread encodes the next chunk, another decodes the one after it.
 
     Args:
         plan: what to read.
@@ -103,10 +104,12 @@ class ArrowReader:
         total, size = self.steps(period), chunk_steps(self.plan)
         lanes = rank_lanes(self._cache.manifest(period).lanes, self.rank, self.world)
 
-        def load(first: int) -> tuple[EncodedChunk, npt.NDArray[np.int64], int, int]:
+        def rows(first: int) -> tuple[StepRows, int, int]:
             last = min(total, first + size)
-            rows = read_steps(self.plan, self._cache, period, lanes, first, last)
-            chunk = self.encoder.encode(
+            return read_steps(self.plan, self._cache, period, lanes, first, last), first, last
+
+        def encoded(rows: StepRows) -> EncodedChunk:
+            return self.encoder.encode(
                 rows.table,
                 rows.kind,
                 rows.supervision,
@@ -114,9 +117,13 @@ class ArrowReader:
                 rows.representation,
                 rows.representation_mask,
             )
-            return chunk, rows.step, first, last
 
-        for chunk, step, first, last in prefetch(load, range(start, total, size)):
+        starts = range(start, total, size)
+        read: Iterator[tuple[StepRows, int, int]] = map(rows, starts)
+        if len(starts) > 1:  # a thread decodes Parquet, the next encodes
+            read = ahead(read)
+        chunks = ((encoded(found), found.step, first, last) for found, first, last in read)
+        for chunk, step, first, last in ahead(chunks) if len(starts) > 1 else chunks:
             yield from cut(self.encoder, chunk, step, first, last)
 
 
@@ -262,11 +269,8 @@ def quiet_ray_data(ordered: bool = False) -> Iterator[None]:
         yield
 
 
-def prefetch(load: Callable[[int], ItemT], starts: Sequence[int]) -> Iterator[ItemT]:
-    """``load(start)`` for each start, in order, one ahead in a thread. An error in the thread is raised here."""
-    if len(starts) <= 1:
-        yield from map(load, starts)
-        return
+def ahead(items: Iterator[ItemT]) -> Iterator[ItemT]:
+    """``items``, made in a thread, one ahead. An error there is raised here; leaving early ends the thread."""
     results: queue.Queue[tuple[ItemT | None, BaseException | None]] = queue.Queue(maxsize=1)
     stopped = threading.Event()
 
@@ -281,17 +285,23 @@ def prefetch(load: Callable[[int], ItemT], starts: Sequence[int]) -> Iterator[It
 
     def work() -> None:
         try:
-            for start in starts:
-                if not put((load(start), None)):
+            for item in items:
+                if not put((item, None)):
                     return
+            put((None, StopIteration()))
         except BaseException as error:
             put((None, error))
+        finally:
+            if isinstance(items, Generator):
+                items.close()  # in this thread, which is the one that runs it
 
-    thread = threading.Thread(target=work, name="rayfm-prefetch", daemon=True)
+    thread = threading.Thread(target=work, name="rayfm-ahead", daemon=True)
     thread.start()
     try:
-        for _ in starts:
+        while True:
             item, error = results.get()
+            if isinstance(error, StopIteration):
+                return
             if error is not None:
                 raise error
             yield item  # type: ignore[misc]

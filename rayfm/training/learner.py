@@ -16,7 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
-from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.model_parallel import (
+    DataParallelWrapper,
+    DefaultDataParallelWrapper,
+    DistributedModelParallel,
+)
 from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
@@ -140,7 +144,9 @@ class Learner:
             device=device,
             plan=sharding_plan(module, placement, self.world, device, training),
             sharders=sharders(),
-            data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=True, params_to_ignore=list(ahead)),
+            data_parallel_wrapper=_Alone()
+            if self.world == 1
+            else DefaultDataParallelWrapper(static_graph=True, params_to_ignore=list(ahead)),
         )
         self.module: TrainModule = self.dmp.module
         self._initialise_tables()
@@ -321,6 +327,13 @@ class Learner:
                     yield TensorSlice(name, shard, (row, column), shape)
             elif self.rank == 0:
                 yield TensorSlice.whole(name, value)
+
+
+class _Alone(DataParallelWrapper):  # type: ignore[misc]
+    """Of one worker, which has nobody to reduce gradients with: DDP would copy them into buckets and back."""
+
+    def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
+        dmp._dmp_wrapped_module.to(device)
 
 
 def _init_std(table: BaseEmbeddingConfig) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,16 @@ def test_a_reading_task_has_whole_chunks_about_a_row_group_of_each_lane(
     assert reader_module.span_steps(plan, manifest) == 4
     monkeypatch.setattr(reader_module, "ROW_GROUP", 1)
     assert reader_module.span_steps(plan, manifest) == 4
+
+
+def test_leaving_a_reader_ends_its_threads(store: ExampleStore) -> None:
+    before = threading.active_count()
+    plan, encoder = make(store)
+    batches = ArrowReader(plan, encoder).batches("2024-01-01")
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
 
 
 @pytest.mark.ray
