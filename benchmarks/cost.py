@@ -27,7 +27,7 @@ FEATURES = (10, 25, 50, 100, 200)
 FEATURE_MODELS = ("deepfm", "dlrm")
 """The work of DeepFM's layers grows with the features, that of DLRM's interaction with their pairs."""
 
-FEATURE_ROWS = 131_072
+FEATURE_ROWS = 65_536
 TEACHER_ROWS, TAUGHT_ROWS = 262_144, 524_288
 """What the teacher trains on, and what it labels for the students."""
 

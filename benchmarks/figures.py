@@ -110,15 +110,18 @@ def line_axis(found: dict[str, dict[str, Any]], x: str, title: str, unit: float,
         at = [p["x"] / unit for p in one["points"]]
         cpu = [base + p["cpu"] for p in one["points"]]
         line = one["line"]
-        fitted = [base + line["intercept"] + line["slope"] * v * unit for v in (0, at[-1])]
-        off = f"line: furthest point {line['residual']:.1%} off"
-        axes.plot([0, at[-1]], fitted, color=colour, linewidth=1.2, label=f"{name}, {off}" if name else off)
+        if line is not None:
+            fitted = [base + line["intercept"] + line["slope"] * v * unit for v in (0, at[-1])]
+            off = f"line: furthest point {line['residual']:.1%} off"
+            label = f"{name}, {off}" if name else off
+            axes.plot([0, at[-1]], fitted, color=colour, linewidth=1.2, label=label)
         axes.plot(at, cpu, "o", color=colour, markersize=5)
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.grid(axis="y", alpha=0.25, linewidth=0.5)
     axes.set(xlabel=x, ylabel="CPU-seconds", title=title)
-    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False, fontsize=8)
 
 
 def cost_students(found: dict[str, Any], axes: Axes) -> None:
@@ -131,7 +134,7 @@ def cost_students(found: dict[str, Any], axes: Axes) -> None:
     x = [0, most]
     axes.plot(x, [found["line"]["intercept"] + slope * v for v in x], "--", color=ORANGE, linewidth=1.2)
     axes.lines[-1].set_label("if each student had a teacher of its own")
-    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False, fontsize=8)
 
 
 def draw_result(result: dict[str, Any], folder: Path) -> list[Path]:
@@ -149,7 +152,7 @@ def draw_result(result: dict[str, Any], folder: Path) -> list[Path]:
             draw(
                 folder / "cost-rows.svg",
                 "CPU-seconds over rows",
-                (4.2, 2.8),
+                (4.2, 3.2),
                 lambda a: line_axis(found, "million rows", "Cost of rows (DLRM)", 1e6, a),
             )
         )
@@ -159,18 +162,19 @@ def draw_result(result: dict[str, Any], folder: Path) -> list[Path]:
             draw(
                 folder / "cost-students.svg",
                 "CPU-seconds over students",
-                (4.2, 2.8),
+                (4.2, 3.4),
                 lambda a: cost_students(students, a),
             )
         )
     if "features" in result:
         named = {MODEL_NAMES[model]: one for model, one in result["features"].items()}
+        rows = result["features"]["deepfm"]["points"][0]["rows"]
         drawn.append(
             draw(
                 folder / "cost-features.svg",
                 "CPU-seconds over features",
-                (4.2, 2.8),
-                lambda a: line_axis(named, "sparse features", "Cost of features (131,072 rows)", 1, a),
+                (4.2, 3.2),
+                lambda a: line_axis(named, "sparse features", f"Cost of features ({rows:,} rows)", 1, a),
             )
         )
     return drawn
