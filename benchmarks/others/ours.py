@@ -59,7 +59,8 @@ def prepare(case: Case) -> None:
     source = ParquetSource(ParquetConfig(path=f"{case.folder}/t*/*.parquet"), case.schema)
     ray.init(address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     say("start", "prepare")
-    manifests = write_store(source, case.schema, ExampleStore(case.folder / "store"))
+    cpus = int(ray.cluster_resources()["CPU"])  # type: ignore[attr-defined]
+    manifests = write_store(source, case.schema, ExampleStore(case.folder / "store"), tasks=cpus)
     rows = [manifest.rows("impression") for manifest in manifests]
     say("stop", "prepare", sum(rows))
     if rows != [case.rows("train"), case.rows("test")]:

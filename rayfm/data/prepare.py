@@ -85,6 +85,7 @@ def prepare(
     progress: Progress | None = None,
     cpus_per_task: float = 0.25,
     only: Collection[str] | None = None,
+    tasks: int | None = None,
 ) -> list[PeriodManifest]:
     """Write every period of ``source`` that ``store`` lacks; the manifests of all of them, in time order.
 
@@ -92,6 +93,8 @@ def prepare(
         lanes: L; rows of a (period, kind) in time order are dealt to the lanes in turn.
         cpus_per_task: CPUs that each Ray task asks for; a fraction lets prepare run beside trainers.
         only: names of the periods to write, where more may still be added to the others; by default all.
+        tasks: how many tasks read at once; by default as many as the cluster has room for, now and when it has grown.
+            Each has a process of its own, which costs CPU-seconds to start: more than there are CPUs only slow it down.
 
     Raises:
         DataError: the logs are missing, unreadable or of the wrong columns or types; a period has no impressions; a
@@ -112,7 +115,7 @@ def prepare(
             # Who held the lock until now may have written some of them.
             missing = _wanted(missing_periods(source, schema, store, lanes), only)
             if missing:
-                _write_missing(source, schema, store, lanes, digest, periods, missing, progress, cpus_per_task)
+                _write_missing(source, schema, store, lanes, digest, periods, missing, progress, cpus_per_task, tasks)
     return [store.manifest(period.name) for period in _wanted(periods, only)]
 
 
@@ -130,12 +133,13 @@ def _write_missing(
     missing: list[Period],
     progress: Progress | None,
     cpus_per_task: float,
+    tasks: int | None,
 ) -> None:
     staging = store.root / STAGING
     shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
     try:
         source.cpus_per_task, source.scratch = cpus_per_task, staging / "source"
-        fragments = _stage(source, schema, periods, missing, staging, progress, cpus_per_task)
+        fragments = _stage(source, schema, periods, missing, staging, progress, cpus_per_task, tasks)
         unknown = [fragment for fragment in fragments if fragment.period == UNKNOWN_PERIOD]
         write_rejects(store.rejects_path(UNKNOWN_PERIOD), unknown)
         work = [(period, [fragment for fragment in fragments if fragment.period == period.name]) for period in missing]
@@ -193,6 +197,7 @@ def _stage(
     staging: Path,
     progress: Progress | None,
     cpus_per_task: float,
+    tasks: int | None,
 ) -> list[Fragment]:
     stage = functools.partial(
         _stage_block,
@@ -203,7 +208,7 @@ def _stage(
     )
     fragments: list[Fragment] = []
     rows, expected = 0, source.estimated_rows()
-    with _quiet_ray_data(), _user_errors():
+    with _quiet_ray_data(None if tasks is None else tasks * cpus_per_task), _user_errors():
         dataset: ray.data.Dataset = source.dataset(missing)
         written = dataset.map_batches(stage, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task)
         for block in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -224,18 +229,21 @@ def _stage_block(
 
 
 @contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[None]:
+def _quiet_ray_data(cpus: float | None) -> Iterator[None]:
+    """Ray Data without progress bars and messages; what is run inside takes at most ``cpus`` CPUs."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
-    bars, logger = context.enable_progress_bars, logging.getLogger("ray.data")
-    level = logger.level
+    options, bars, logger = context.execution_options, context.enable_progress_bars, logging.getLogger("ray.data")
+    level, limits = logger.level, options.resource_limits
     context.enable_progress_bars = False
+    if cpus is not None:
+        options.resource_limits = limits.copy(cpu=cpus)
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        context.enable_progress_bars = bars
+        context.enable_progress_bars, options.resource_limits = bars, limits
         logger.setLevel(level)
 
 

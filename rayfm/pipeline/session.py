@@ -55,6 +55,13 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         ray.shutdown()  # ends our own Ray with all that runs in it; from a cluster it only disconnects
 
 
+def own_cpus(config: RayConfig) -> int | None:
+    """CPUs of a Ray of our own, which stays as large as it is; None on a cluster, which may grow."""
+    if config.address or os.environ.get("RAY_ADDRESS"):
+        return None
+    return max(1, int(cluster_resources()[0]))
+
+
 def cluster_resources() -> tuple[float, float]:
     """CPUs and GPUs of the whole cluster."""
     import ray

@@ -52,7 +52,7 @@ from rayfm.pipeline.plan import (
     teacher_spec,
 )
 from rayfm.pipeline.records import RunRecords
-from rayfm.pipeline.session import cluster_resources, ray_session
+from rayfm.pipeline.session import cluster_resources, own_cpus, ray_session
 from rayfm.pipeline.stop import StopSignals
 from rayfm.pipeline.tickets import Tickets, TrainerTickets, check_order, metadata_path
 from rayfm.serving.application import start_teacher, stop_teacher
@@ -167,8 +167,19 @@ class Pipeline:
 
     def prepare(self) -> None:
         """Bring the source's periods into the example store; what stands there is kept."""
-        data = self.config.data
-        prepare_source(self.source, self.config.schema_, self.store, data.lanes, cpus_per_task=data.cpus_per_task)
+        self._bring(self.source)
+
+    def _bring(self, source: Source, periods: list[str] | None = None) -> None:
+        data, tasks = self.config.data, own_cpus(self.config.ray)
+        prepare_source(
+            source,
+            self.config.schema_,
+            self.store,
+            data.lanes,
+            cpus_per_task=data.cpus_per_task,
+            only=periods,
+            tasks=tasks,
+        )
 
     def coordinator(self, spec: TrainerSpec, prepare_timeout: float = 3600.0, alone: bool = False) -> TrainerTickets:
         """The coordinator of a trainer.
@@ -448,14 +459,9 @@ class Pipeline:
 
     def _follow(self) -> None:
         """Take periods into the stream as they become complete, and prepare them, until the run is to stop."""
-        data = self.config.data
-
-        def bring(source: Source, periods: list[str]) -> None:
-            prepare_source(
-                source, self.config.schema_, self.store, data.lanes, cpus_per_task=data.cpus_per_task, only=periods
-            )
-
-        Follower(self.config, self.stream, self.store, bring, lambda: min(self._places().values()), self._take).run()
+        Follower(
+            self.config, self.stream, self.store, self._bring, lambda: min(self._places().values()), self._take
+        ).run()
 
     def _take(self, arrival: Arrival) -> None:
         """A period more, for whoever walks through them here; workers read it from the stream."""

@@ -78,7 +78,8 @@ class TableMemory(Config):
 
     @model_validator(mode="after")
     def _own_keys(self) -> TableMemory:
-        if self.kind != "uvm_caching" and "cache_load_factor" in self.model_fields_set:
+        default = TableMemory.model_fields["cache_load_factor"].default
+        if self.kind != "uvm_caching" and self.cache_load_factor != default:
             raise ValueError(f"cache_load_factor is of kind uvm_caching, and the kind is {self.kind}; leave it out")
         return self
 

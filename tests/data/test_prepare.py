@@ -76,7 +76,11 @@ def test_the_same_bytes_whatever_the_parallelism(tmp_path, ray_session, monkeypa
     seen = []
     first = prepare(source_of(logs), SCHEMA, ExampleStore(tmp_path / "a"), LANES, progress=lambda *p: seen.append(p))
     monkeypatch.setattr(parquet, "UNIT_ROWS", 200)
-    second = prepare(source_of(logs), SCHEMA, ExampleStore(tmp_path / "b"), LANES, cpus_per_task=1)
+    import ray.data
+
+    limits = ray.data.DataContext.get_current().execution_options.resource_limits
+    second = prepare(source_of(logs), SCHEMA, ExampleStore(tmp_path / "b"), LANES, cpus_per_task=1, tasks=1)
+    assert ray.data.DataContext.get_current().execution_options.resource_limits == limits
     assert first == second
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     assert [manifest.period for manifest in first] == [f"1970-01-0{day + 1}" for day in range(DAYS)]
