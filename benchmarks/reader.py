@@ -21,7 +21,7 @@ def scan(store: ExampleStore, periods: Sequence[str], columns: list[str]) -> flo
     rows = 0
     for period in periods:
         for _, path in store.files(period, "impression"):
-            file = pq.ParquetFile(path, memory_map=True)
+            file = pq.ParquetFile(path, memory_map=False, pre_buffer=True)
             for group in range(file.num_row_groups):
                 rows += file.read_row_group(group, columns=columns, use_threads=False).num_rows
     return rows

@@ -156,7 +156,8 @@ class ExampleStore:
         """
         path = self.lane_path(period, kind, lane)
         try:
-            return pq.ParquetFile(path, memory_map=True)
+            # Not mapped: mapped pages count as the process's memory, which would grow with the period.
+            return pq.ParquetFile(path, memory_map=False, pre_buffer=True)
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(
                 f"{path}: corrupt or missing Parquet file ({error}); prepare period {period} again"

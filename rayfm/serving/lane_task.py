@@ -27,7 +27,7 @@ ASK_AGAIN_S = (0.1, 1.0, 5.0, 15.0)
 
 def _requests(path: str, columns: list[str], rows: int) -> Iterator[pa.Table]:
     try:
-        for batch in pq.ParquetFile(path, memory_map=True).iter_batches(rows, columns=columns):
+        for batch in pq.ParquetFile(path).iter_batches(rows, columns=columns):
             yield pa.Table.from_batches([batch])
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path}: corrupt or missing Parquet file ({error}); prepare its period again") from None
