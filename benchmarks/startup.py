@@ -40,6 +40,7 @@ IMPORTS = (
     "rayfm.training.loop",
     "rayfm.serving.teacher",
 )
+COMMAND = "import sys; from rayfm.cli.main import main; sys.exit(main())"
 PERIODS = (4, 12)
 ROWS = 2_000
 BATCH = 256
@@ -75,7 +76,7 @@ def imports() -> None:
     for name in IMPORTS:
         python("-c", f"import {name}")  # the files are in the page cache from here on
         show(f"import {name}", spent(lambda name=name: python("-c", f"import {name}")))
-    show("rayfm --help", spent(lambda: python("-m", "rayfm", "--help")))
+    show("rayfm --help", spent(lambda: python("-c", COMMAND, "--help")))
 
 
 def ray_itself() -> None:
@@ -150,7 +151,7 @@ def runs(root: Path) -> None:
         for periods in PERIODS:
             folder = root / f"{'with' if teacher else 'without'}-{periods}"
             path = config(folder, write_log(folder / "log", periods), teacher)
-            found[periods] = spent(lambda path=path: python("-m", "rayfm", "run", str(path)))
+            found[periods] = spent(lambda path=path: python("-c", COMMAND, "run", str(path)))
             show(f"rayfm run, {name}, {periods} periods", found[periods])
         few, many = (found[periods] for periods in PERIODS)
         each = tuple((b - a) / (PERIODS[1] - PERIODS[0]) for a, b in zip(few, many, strict=True))
