@@ -17,7 +17,7 @@ from typing import Any
 from rayfm.config import DataError
 from rayfm.data.sources.base import SOURCES, Period, Source
 from rayfm.data.store import ExampleStore
-from rayfm.pipeline.config import LabelsConfig, PipelineConfig
+from rayfm.pipeline.config import PipelineConfig
 from rayfm.pipeline.tickets import Tickets, TrainerTickets
 from rayfm.training.follow import StopRequested
 
@@ -235,32 +235,23 @@ def lag(trainer: str, done: int, arrivals: Sequence[Arrival], newest: Arrival) -
     return Lag(trainer, newest.period, None if trained is None else trained.period, behind, seconds)
 
 
+@dataclasses.dataclass(eq=False)
 class FollowingTickets(TrainerTickets):
     """The coordinator of a trainer that follows.
 
+    Args of `TrainerTickets`: ``periods`` and ``labelled`` are as far as they are known when the run starts, and a
+    period is waited for as long as it takes.
+
     Args:
-        tickets, trainer, store, periods, teachers, labels, labelled: as of `TrainerTickets`; ``periods`` and
-            ``labelled`` as far as they are known when the run starts.
         readers: trainers that read this one's labels, each with its first period.
         ahead: periods that this trainer may be ahead of any of them.
         labels_on: whether its teacher also labels what follows.
     """
 
-    def __init__(
-        self,
-        tickets: Tickets,
-        trainer: str,
-        store: ExampleStore,
-        periods: tuple[str, ...],
-        teachers: tuple[str, ...] = (),
-        labels: LabelsConfig | None = None,
-        labelled: tuple[str, ...] = (),
-        readers: dict[str, str] | None = None,
-        ahead: int = 2,
-        labels_on: bool = False,
-    ) -> None:
-        super().__init__(tickets, trainer, store, periods, teachers, labels, labelled, prepare_timeout=math.inf)
-        self.readers, self.ahead, self.labels_on = readers or {}, ahead, labels_on
+    prepare_timeout: float = math.inf
+    readers: dict[str, str] = dataclasses.field(default_factory=dict)
+    ahead: int = 2
+    labels_on: bool = False
 
     def next_period(self, after: str) -> str | None:
         place = self.periods.index(after) + 1

@@ -31,8 +31,9 @@ from rayfm.pipeline.config import PipelineConfig, TeacherConfig
 from rayfm.pipeline.here import run_here
 from rayfm.pipeline.plan import choose_periods
 from rayfm.pipeline.session import ray_session
-from rayfm.pipeline.stream import Pipeline, Watch
+from rayfm.pipeline.stream import Pipeline
 from rayfm.pipeline.take_up import take_up, write_down
+from rayfm.pipeline.watch import Watch
 from rayfm.schema import Kind
 from rayfm.selection.config import SelectConfig
 from rayfm.selection.job import score_here, score_on_ray, unscored

@@ -6,6 +6,7 @@ fails writes a failure ticket, which ends every wait.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import time
@@ -130,6 +131,7 @@ class Tickets:
             return
 
 
+@dataclasses.dataclass(eq=False)
 class TrainerTickets:
     """The coordinator of one trainer's loop (rank 0 calls it).
 
@@ -145,20 +147,14 @@ class TrainerTickets:
         prepare_timeout: seconds to wait for a period to be prepared; 0 refuses at once.
     """
 
-    def __init__(
-        self,
-        tickets: Tickets,
-        trainer: str,
-        store: ExampleStore,
-        periods: tuple[str, ...],
-        teachers: tuple[str, ...] = (),
-        labels: LabelsConfig | None = None,
-        labelled: tuple[str, ...] = (),
-        prepare_timeout: float = 3600.0,
-    ) -> None:
-        self.tickets, self.trainer, self.store, self.periods = tickets, trainer, store, periods
-        self.teachers, self.labels = teachers, labels or LabelsConfig()
-        self.labelled, self.prepare_timeout = labelled, prepare_timeout
+    tickets: Tickets
+    trainer: str
+    store: ExampleStore
+    periods: tuple[str, ...]
+    teachers: tuple[str, ...] = ()
+    labels: LabelsConfig = dataclasses.field(default_factory=LabelsConfig)
+    labelled: tuple[str, ...] = ()
+    prepare_timeout: float = 3600.0
 
     def wait_prepared(self, period: str) -> None:
         deadline = time.monotonic() + self.prepare_timeout

@@ -329,7 +329,7 @@ def test_others_prepare(tmp_path):
     assert pipeline.periods == tuple(DAYS[:2])
     assert all(spec.follow for spec in pipeline.specs)
     pipeline.open(resume=False, overwrite=False)
-    follower = Follower(config, pipeline.stream, store, _never, lambda: 0, pipeline._take)
+    follower = Follower(config, pipeline.stream, store, _never, lambda: 0, pipeline.take)
     write_store(tmp_path / "data", DAYS[:4], impressions=8, lanes=4)
     # Their manifests say that each begins where it ends, so nothing joins up: all but the next wait for the gap.
     follower._admission.gap_s = 0.0

@@ -7,18 +7,19 @@ import time
 import torch
 from small_pipeline import PERIODS, small_pipeline
 
-from rayfm.pipeline import stream
+from rayfm.pipeline import label_jobs, stream
+from rayfm.pipeline.plan import teacher_key
 from rayfm.snapshots import StoreUnavailable
 from rayfm.snapshots.publish import publish
 
 
 def test_a_store_that_is_away_for_a_moment_ends_no_lease(tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "LEASE_S", 1.0)
+    monkeypatch.setattr(label_jobs, "LEASE_S", 1.0)
     pipeline = stream.Pipeline(small_pipeline(tmp_path))
-    model = stream.teacher_key(pipeline.config, "fm")
+    model = teacher_key(pipeline.config, "fm")
     publish(pipeline.run_dir, model, "v1", {"w": torch.ones(2)})
     pipeline.tickets.put("trained", "fm", PERIODS[0], {"versions": {model: "v1"}})
-    monkeypatch.setattr(pipeline, "_wait_prepared", lambda *_: None)
+    monkeypatch.setattr(label_jobs, "wait_prepared", lambda *_: None)
     extend, asked, seen = type(pipeline.metadata).extend, [], []
 
     def away_at_first(self, lease, ttl_s):
@@ -35,7 +36,7 @@ def test_a_store_that_is_away_for_a_moment_ends_no_lease(tmp_path, monkeypatch):
         return {"version": "v1", "table_version": 0}
 
     monkeypatch.setattr(type(pipeline.metadata), "extend", away_at_first)
-    monkeypatch.setattr(stream, "label_period", label)
+    monkeypatch.setattr(label_jobs, "label_period", label)
     pipeline.label("fm", None, (PERIODS[1],))
     assert [lease.owner for lease in seen] == [f"label {PERIODS[1]}"]
     assert not pipeline.collector.holders(model, "v1"), "it is given back at the end"
