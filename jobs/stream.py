@@ -1,4 +1,6 @@
-"""The main job, for a cluster: ``ray job submit --working-dir . -- python jobs/stream.py CONFIG [KEY=VALUE ...]``.
+"""The whole pipeline, as a job: prepare, train, label, distil, evaluate, report.
+
+    ray job submit --working-dir . -- python jobs/stream.py CONFIG [KEY=VALUE ...] [--follow] [--overwrite]
 
 With ``--follow`` it goes on with every period that becomes complete, until ``ray job stop``. That kills after 3 s,
 or what ``RAY_JOB_STOP_WAIT_TIME_S`` says in the job's runtime environment. A killed run is gone on with too.
@@ -10,40 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from rayfm.config import RayfmError
-from rayfm.pipeline.config import load_config
-from rayfm.pipeline.stream import Watch, run
-
-
-def main(arguments: list[str]) -> int:
-    """Run the pipeline of ``arguments``: the config's path, then overrides."""
-    follow = {"follow": True} if "--follow" in arguments else {}
-    arguments = [argument for argument in arguments if argument != "--follow"]
-    if not arguments:
-        print(__doc__, file=sys.stderr)
-        return 2
-    try:
-        config = load_config(arguments[0], ["ray.address=auto", *arguments[1:]])
-        result = run(config, resume=True, watch=Log(), **follow)
-    except RayfmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"finished in {result.seconds:.0f} s: {result.report}")
-    return 0
-
-
-class Log:
-    """One line whenever a trainer has finished another period: what a job's log should hold."""
-
-    def __init__(self) -> None:
-        self._done: dict[str, int] = {}
-
-    def __call__(self, watch: Watch) -> None:
-        for trainer, (done, _) in watch.trained.items():
-            if int(done) > self._done.get(trainer, 0):
-                self._done[trainer] = int(done)
-                print(f"{trainer}: {int(done)} of {len(watch.pipeline.periods)} periods", flush=True)
-
+from rayfm.cli.jobs import job
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(job("stream", sys.argv[1:], __doc__))

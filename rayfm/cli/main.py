@@ -317,13 +317,19 @@ def config_check(config: ConfigFile, set_: Overrides = None, data: Data = None) 
         typer.echo(f"hint: {hint}", err=True)
 
 
-def main() -> None:
-    """Entry point: one clear line for a user's error, a traceback with ``--debug``."""
-    debug = "--debug" in sys.argv
-    if debug:
-        sys.argv.remove("--debug")
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: one clear line for a user's error, a traceback with ``--debug``.
+
+    Args:
+        arguments: by default the process's own.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
     try:
-        app()
+        app([argument for argument in given if argument != "--debug"], prog_name="rayfm")
     except Exception as error:
         from rayfm.config.errors import RayfmError
 
