@@ -60,6 +60,8 @@ bench: install
 
 docs: install
 	@$(BIN)/python docs/check.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
