@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.data import describe
 from benchmarks.period import Result, Task, run
 from benchmarks.saved import save
 
@@ -148,7 +149,7 @@ def main() -> None:
                 f"furthest point {line['residual']:.1%} off"
             )
     if arguments.save:
-        print(f"saved {save('cost', found)}")
+        save("cost", {"case": describe(), **found})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ skewed as in click logs; a tenth of the values of the first five dense features 
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +101,6 @@ def write_store(
     return store
 
 
-def describe() -> str:
-    """The case as one line of JSON, for result files."""
-    return json.dumps({"dense": DENSE, "sparse": SPARSE, "table": [TABLE_ROWS, EMBEDDING_DIM], "batch": BATCH})
+def describe() -> dict[str, Any]:
+    """The case, for result files."""
+    return {"dense": DENSE, "sparse": SPARSE, "table": [TABLE_ROWS, EMBEDDING_DIM], "batch": BATCH}

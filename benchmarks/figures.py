@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.collectives import closed_form
 from benchmarks.data import BATCH, EMBEDDING_DIM, SPARSE
-from rayfm.report.figures import PALETTE, _svg
+from rayfm.report.figures import PALETTE, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ KIND_NAMES = {"table_wise": "table-wise", "row_wise": "row-wise"}
 
 def draw(path: Path, label: str, size: tuple[float, float], paint: Callable[[Axes], None]) -> Path:
     """One figure as SVG."""
-    path.write_text(_svg(paint, size, label) + "\n")
+    path.write_text(svg(paint, size, label) + "\n")
     return path
 
 

@@ -8,18 +8,16 @@ same. An error inside a part is its reason too, and makes the exit code 1. ``--s
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from benchmarks.saved import save
 
 Figures = dict[str, dict[str, float]]
 
-RESULTS = Path(__file__).parent / "results"
 TRAINING = ("torchrec", "fbgemm_gpu")
 """Without these rayfm does not train."""
 
@@ -156,12 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         found[part.name] = {"not run": reason}
         print(f"  not run: {reason}", flush=True)
     if asked.save:
-        now = datetime.datetime.now(datetime.UTC)
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{now:%Y-%m-%dT%H%M}-gpu.json"
-        content = {"date": f"{now:%Y-%m-%dT%H:%M:%SZ}", "command": "python -m benchmarks.gpu", "machine": here}
-        path.write_text(json.dumps({**content, "parts": found}, indent=1) + "\n")
-        print(f"kept in {path}")
+        save("gpu", {"installed": here, "parts": found})
     return 1 if failed else 0
 
 

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -21,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,25 +141,16 @@ def main() -> int:
 
 
 def save(outcomes: dict[str, dict[str, Any]], load: float) -> None:
-    """Write a dated file with the command, the case and the machine."""
+    """Keep the figures in a dated file."""
+    from benchmarks import saved
     from benchmarks.data import describe
 
-    now = datetime.datetime.now(datetime.UTC)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{now:%Y-%m-%dT%H%M}.json"
-    content = {
-        "date": f"{now:%Y-%m-%dT%H:%M:%SZ}",
-        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
-        "case": json.loads(describe()),
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load_at_start": load},
-        "lines": {
-            line.name: {**outcomes[line.name], "bar": line.bar, "at_most": line.at_most}
-            for line in LINES
-            if line.name in outcomes
-        },
+    lines = {
+        line.name: {**outcomes[line.name], "bar": line.bar, "at_most": line.at_most}
+        for line in LINES
+        if line.name in outcomes
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"saved {path}")
+    saved.save("run", {"case": describe(), "lines": lines}, load)
 
 
 if __name__ == "__main__":

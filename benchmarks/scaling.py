@@ -27,6 +27,7 @@ import torch.multiprocessing
 
 from benchmarks.collectives import BACKWARD, EXCHANGES, Clock, Counted, Sent, closed_form, start
 from benchmarks.data import BATCH, EMBEDDING_DIM, SHORT, SPARSE, model_config, schema, write_store
+from benchmarks.data import describe as describe_data
 from benchmarks.saved import save
 from rayfm.data.batch import Batch
 from rayfm.data.encode import Encoder
@@ -335,7 +336,7 @@ def main() -> None:
     rows.sort(key=lambda row: (MODELS.index(row["model"]), SHARDINGS.index(row["sharding"]), row["workers"]))
     print(table(rows))
     if arguments.save:
-        print(f"saved {save('scaling', {'steps': arguments.steps, 'cases': rows})}")
+        save("scaling", {"case": describe_data(), "steps": arguments.steps, "cases": rows})
 
 
 if __name__ == "__main__":

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,8 +19,8 @@ from typing import Any
 from benchmarks.others.cases import DATA, MODELS, RATES, ROOT, Case, describe, open_case
 from benchmarks.others.table import FUXICTR_BAR, HEADER, PLAIN_BAR, Row, fuxictr_rows, plain_rows
 from benchmarks.others.watch import watch
+from benchmarks.saved import save
 
-RESULTS = ROOT / "benchmarks" / "results"
 FUXICTR = "2.3.10"
 PRECISIONS = ("fp32", "bf16")
 INSTALL = (
@@ -117,22 +114,15 @@ def short(row: Row) -> bool:
     return row.part == "both" and row.ratio < FUXICTR_BAR
 
 
-def save(rows: list[Row], benches: list[Bench], load: float) -> None:
-    """Write a dated file with the command, the machine and everything that was measured."""
-    now = datetime.datetime.now(datetime.UTC)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{now:%Y-%m-%dT%H%M}-others.json"
+def keep(rows: list[Row], benches: list[Bench], load: float) -> None:
+    """Keep everything that was measured in a dated file."""
     content = {
-        "date": f"{now:%Y-%m-%dT%H:%M:%SZ}",
-        "command": shlex.join(["python", "-m", "benchmarks.others", *sys.argv[1:]]),
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load_at_start": load},
         "fuxictr": FUXICTR,
         "learning_rates": {f"{data}/{model}": dataclasses.asdict(rates) for (data, model), rates in RATES.items()},
         "rows": [{k: v for k, v in dataclasses.asdict(row).items() if v == v} for row in rows],
         "measured": {bench.case.name: bench.measured for bench in benches},
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"saved {path}")
+    save("others", content, load)
 
 
 def parse() -> argparse.Namespace:
@@ -172,7 +162,7 @@ def main() -> int:
     if absent is not None:
         print(absent)
     if arguments.save:
-        save(rows, benches, load)
+        keep(rows, benches, load)
     return 1 if absent is not None or any(short(row) for row in rows) else 0
 
 

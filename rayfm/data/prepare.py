@@ -11,6 +11,7 @@ is complete when its manifest stands, so a killed run is simply run again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -26,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayfm.config import DataError, RayfmError
+from rayfm.config.nodes import NodeLabels
 from rayfm.data.capacity import check_disk, estimate_bytes
 from rayfm.data.conform import store_schema
 from rayfm.data.lanes import LaneWriter
@@ -77,6 +79,15 @@ def _stored(schema: Schema) -> dict[str, Any]:
     return stored
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tasks:
+    """What each task asks for, how many run at once (None: what there is room for), and on which nodes."""
+
+    cpus: float
+    at_once: int | None
+    nodes: NodeLabels
+
+
 def prepare(
     source: Source,
     schema: Schema,
@@ -86,12 +97,14 @@ def prepare(
     cpus_per_task: float = 0.25,
     only: Collection[str] | None = None,
     tasks: int | None = None,
+    nodes: NodeLabels | None = None,
 ) -> list[PeriodManifest]:
     """Write every period of ``source`` that ``store`` lacks; the manifests of all of them, in time order.
 
     Args:
         lanes: L; rows of a (period, kind) in time order are dealt to the lanes in turn.
         cpus_per_task: CPUs that each Ray task asks for; a fraction lets prepare run beside trainers.
+        nodes: labels of the nodes that tasks run on.
         only: names of the periods to write, where more may still be added to the others; by default all.
         tasks: how many tasks read at once; by default as many as the cluster has room for, now and when it has grown.
             Each has a process of its own, which costs CPU-seconds to start: more than there are CPUs only slow it down.
@@ -107,6 +120,7 @@ def prepare(
     if not periods:
         raise DataError("the source has no periods; check its path and its start and end")
     digest = source_hash(source, schema, lanes)
+    options = _Tasks(cpus_per_task, tasks, nodes or {})
     missing = _wanted(missing_periods(source, schema, store, lanes), only)
     if missing:
         share = len(missing) / len(periods)
@@ -115,7 +129,7 @@ def prepare(
             # Who held the lock until now may have written some of them.
             missing = _wanted(missing_periods(source, schema, store, lanes), only)
             if missing:
-                _write_missing(source, schema, store, lanes, digest, periods, missing, progress, cpus_per_task, tasks)
+                _write_missing(source, schema, store, lanes, digest, periods, missing, progress, options)
     return [store.manifest(period.name) for period in _wanted(periods, only)]
 
 
@@ -132,20 +146,19 @@ def _write_missing(
     periods: list[Period],
     missing: list[Period],
     progress: Progress | None,
-    cpus_per_task: float,
-    tasks: int | None,
+    options: _Tasks,
 ) -> None:
     staging = store.root / STAGING
     shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
     try:
-        source.cpus_per_task, source.scratch = cpus_per_task, staging / "source"
-        fragments = _stage(source, schema, periods, missing, staging, progress, cpus_per_task, tasks)
+        source.cpus_per_task, source.scratch = options.cpus, staging / "source"
+        fragments = _stage(source, schema, periods, missing, staging, progress, options)
         unknown = [fragment for fragment in fragments if fragment.period == UNKNOWN_PERIOD]
         write_rejects(store.rejects_path(UNKNOWN_PERIOD), unknown)
         work = [(period, [fragment for fragment in fragments if fragment.period == period.name]) for period in missing]
         for period, own in work:
             _refuse_empty(period, own)
-        _reduce(work, schema, store, lanes, digest, progress, cpus_per_task)
+        _reduce(work, schema, store, lanes, digest, progress, options)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -196,8 +209,7 @@ def _stage(
     missing: list[Period],
     staging: Path,
     progress: Progress | None,
-    cpus_per_task: float,
-    tasks: int | None,
+    options: _Tasks,
 ) -> list[Fragment]:
     stage = functools.partial(
         _stage_block,
@@ -208,9 +220,9 @@ def _stage(
     )
     fragments: list[Fragment] = []
     rows, expected = 0, source.estimated_rows()
-    with _quiet_ray_data(None if tasks is None else tasks * cpus_per_task), _user_errors():
+    with _quiet_ray_data(options), _user_errors():
         dataset: ray.data.Dataset = source.dataset(missing)
-        written = dataset.map_batches(stage, batch_size=None, batch_format="pyarrow", num_cpus=cpus_per_task)
+        written = dataset.map_batches(stage, batch_size=None, batch_format="pyarrow", num_cpus=options.cpus)
         for block in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             new = [Fragment.model_validate_json(text) for text in pa.table(block)["fragment"].to_pylist()]
             fragments += new
@@ -229,21 +241,22 @@ def _stage_block(
 
 
 @contextlib.contextmanager
-def _quiet_ray_data(cpus: float | None) -> Iterator[None]:
-    """Ray Data without progress bars and messages; what is run inside takes at most ``cpus`` CPUs."""
+def _quiet_ray_data(tasks: _Tasks) -> Iterator[None]:
+    """Ray Data without progress bars and messages; what is run inside has no more tasks, and on no other nodes."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     options, bars, logger = context.execution_options, context.enable_progress_bars, logging.getLogger("ray.data")
-    level, limits = logger.level, options.resource_limits
+    level, limits, selector = logger.level, options.resource_limits, options.label_selector
     context.enable_progress_bars = False
-    if cpus is not None:
-        options.resource_limits = limits.copy(cpu=cpus)
+    if tasks.at_once is not None:
+        options.resource_limits = limits.copy(cpu=tasks.at_once * tasks.cpus)
+    options.label_selector = tasks.nodes or None
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        context.enable_progress_bars, options.resource_limits = bars, limits
+        context.enable_progress_bars, options.resource_limits, options.label_selector = bars, limits, selector
         logger.setLevel(level)
 
 
@@ -267,7 +280,7 @@ def _reduce(
     lanes: int,
     digest: str,
     progress: Progress | None,
-    cpus_per_task: float,
+    options: _Tasks,
 ) -> None:
     """Few tasks with several periods each, at most one a CPU at a time, the earliest periods first."""
     import ray
@@ -275,7 +288,7 @@ def _reduce(
     cluster: Any = ray  # parts of Ray's API have no types
     cpus = max(1, int(cluster.cluster_resources().get("CPU", 1)))
     groups = [group.tolist() for group in np.array_split(np.arange(len(work)), min(len(work), 2 * cpus))]
-    task = ray.remote(num_cpus=cpus_per_task)(_write_periods)
+    task = ray.remote(num_cpus=options.cpus, label_selector=options.nodes)(_write_periods)
     running: dict[Any, int] = {}
     done = 0
     try:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from rayfm.config import DataError
+from rayfm.config.nodes import NodeLabels
 from rayfm.data.batch import Batch
 from rayfm.data.encode import EncodedChunk, Encoder
 from rayfm.data.lanes import ROW_GROUP
@@ -143,6 +144,7 @@ class RayDataReader:
         start: the cursor (step of the first period) to start at.
         tasks: reading tasks that run at once.
         cpus: CPUs of a reading task.
+        nodes: labels of the nodes that reading tasks run on.
     """
 
     def __init__(
@@ -155,8 +157,9 @@ class RayDataReader:
         start: int = 0,
         tasks: int = 2,
         cpus: float = 0.25,
+        nodes: NodeLabels | None = None,
     ) -> None:
-        self.plan, self.encoder, self.tasks, self.cpus = plan, encoder, tasks, cpus
+        self.plan, self.encoder, self.tasks, self.cpus, self.nodes = plan, encoder, tasks, cpus, nodes
         self._cache = LaneCache(plan)
         self.periods = list(periods)
         self._spans: list[tuple[str, int, int]] = []
@@ -175,7 +178,7 @@ class RayDataReader:
 
         spans = self._spans
         read = ReadSpan(self.plan, spans, [self._cache.manifest(period).lanes for period, _, _ in spans], rank, world)
-        with quiet_ray_data(ordered=True):
+        with quiet_ray_data(ordered=True, nodes=self.nodes):
             # from_items, not from_arrow: that one runs a task of a whole CPU, which a small machine may not have free.
             dataset: ray.data.Dataset = ray.data.from_items(
                 [{"span": position} for position in range(len(spans))], override_num_blocks=len(spans)
@@ -252,8 +255,9 @@ def _column(table: pa.Table, name: str) -> npt.NDArray[Any]:
 
 
 @contextmanager
-def quiet_ray_data(ordered: bool = False) -> Iterator[None]:
-    """Ray Data without progress bars; ``ordered``: blocks come back in the order they were planned.
+def quiet_ray_data(ordered: bool = False, nodes: NodeLabels | None = None) -> Iterator[None]:
+    """Ray Data without progress bars; ``ordered``: blocks come back in the order they were planned; ``nodes``: labels
+    of those that tasks run on.
 
     A dataset made inside keeps these settings for its life.
     """
@@ -263,6 +267,7 @@ def quiet_ray_data(ordered: bool = False) -> Iterator[None]:
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = ordered
+    context.execution_options.label_selector = nodes or None
     if ordered:
         context.target_max_block_size = None  # what a task gives is one block, however large
     with ray.data.DataContext.current(context):

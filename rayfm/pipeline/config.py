@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayfm.config import Config, ConfigError, apply_override, nearest, read_yaml, validate
+from rayfm.config.nodes import NodeLabels, NodesConfig
 from rayfm.data.config import DataConfig
 from rayfm.data.sampling import ConsiderationShare
 from rayfm.data.sources.base import SOURCES
@@ -25,6 +26,7 @@ from rayfm.selection.config import SelectConfig
 from rayfm.serving.gang.gpus import check_member_gpus
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.nearline.config import NearLineSupervisionConfig
+from rayfm.serving.replicas import Replicas
 from rayfm.training.calibration import CountsCalibration
 from rayfm.training.config import TrainingConfig
 from rayfm.training.lost_labels import LostLabels
@@ -148,23 +150,13 @@ class EvaluationConfig(Config):
     """The variant that the others are compared with."""
 
 
-class ServingConfig(Config):
+class ServingConfig(Replicas):
     """The teacher service."""
 
-    replicas: int = Field(1, ge=1)
-    cpus: float = Field(0.25, gt=0)
-    gpus: float = Field(0.0, ge=0)
     threads: int = Field(1, ge=1)
     rows_per_request: int = Field(8192, ge=1)
     http_port: int | None = Field(None, ge=1, le=65535)
     """Also answer over HTTP on this port of the loopback interface."""
-    members: int = Field(1, ge=1)
-    """Above 1, each replica is a gang of so many processes over which the teacher's tables are sharded: for a teacher
-    that one worker cannot hold."""
-    member_cpus: float = Field(0.25, gt=0)
-    member_gpus: float = Field(0.0, ge=0)
-    row_wise_from: int = Field(1_000_000, ge=1)
-    """Rows from which on a gang cuts a table over all its members; smaller ones lie whole on one."""
 
     @model_validator(mode="after")
     def _gang(self) -> ServingConfig:
@@ -173,6 +165,11 @@ class ServingConfig(Config):
         if self.members > 1:
             check_member_gpus(self.member_gpus)
         return self
+
+    def placed(self, nodes: NodeLabels) -> Replicas:
+        """The replicas alone, on nodes of these labels unless the config names others."""
+        own = {name: getattr(self, name) for name in Replicas.model_fields}
+        return Replicas(**own | {"nodes": self.nodes or nodes})
 
 
 class RayConfig(Config):
@@ -186,6 +183,8 @@ class RayConfig(Config):
     """CPUs kept free of trainers and replicas, for Ray Data tasks."""
     object_store_mb: int = Field(512, ge=100)
     """Size of the object store of the Ray that is started here."""
+    nodes: NodesConfig = NodesConfig()
+    """Labels of a cluster's nodes for each kind of work."""
 
 
 class PipelineConfig(Config):

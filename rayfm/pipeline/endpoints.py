@@ -83,24 +83,21 @@ def plan_endpoints(config: PipelineConfig) -> Any:
         )
     if endpoints.metadata is None:
         endpoints = endpoints.model_copy(update={"metadata": f"sqlite://{quote(str(metadata_path(root)))}"})
+    nodes = config.ray.nodes.serving
+    placed = serving.placed(nodes)
+    endpoints = endpoints.model_copy(update={"nodes": endpoints.nodes or nodes})
+    if endpoints.near_line is not None:
+        consumer = endpoints.near_line.consumer
+        consumer = consumer.model_copy(update={"nodes": consumer.nodes or nodes})
+        endpoints = endpoints.model_copy(
+            update={"near_line": endpoints.near_line.model_copy(update={"consumer": consumer})}
+        )
     return EndpointsPlan(
         run=config.name,
         root=str(root),
         students=students,
         teachers=tuple(
-            TeacherPlan(
-                name=name,
-                model=known[name],
-                replicas=serving.replicas,
-                cpus=serving.cpus,
-                gpus=serving.gpus,
-                threads=serving.threads,
-                members=serving.members,
-                member_cpus=serving.member_cpus,
-                member_gpus=serving.member_gpus,
-                row_wise_from=serving.row_wise_from,
-            )
-            for name in teachers
+            TeacherPlan(name=name, model=known[name], threads=serving.threads, **placed.dump()) for name in teachers
         ),
         store=str(Path(config.storage).absolute()),
         endpoints=endpoints,

@@ -70,6 +70,7 @@ def label(
                 considerations=run.config.teachers[teacher].label_considerations,
                 rows_per_request=run.config.serving.rows_per_request,
                 store_representation=run.config.teachers[teacher].store_representation,
+                nodes=run.config.ray.nodes.data,
             )
         if near_line is not None:
             # In the ticket, so that all students read one version, whatever is labelled near-line meanwhile.

@@ -152,6 +152,7 @@ def teacher_spec(config: PipelineConfig, name: str, periods: tuple[str, ...]) ->
         consideration_share=teacher.consideration_share,
         evaluated_share=config.evaluation.consideration_share if teacher.reference else 0.0,
         replicates=config.evaluation.replicates,
+        nodes=config.ray.nodes,
     )
 
 
@@ -198,6 +199,7 @@ def student_specs(config: PipelineConfig, periods: tuple[str, ...]) -> list[Trai
                 consideration_share=config.consideration_share,
                 evaluated_share=config.evaluation.consideration_share,
                 replicates=config.evaluation.replicates,
+                nodes=config.ray.nodes,
             )
         )
     return specs

@@ -392,7 +392,7 @@ class SelectJob:
     def score(self, scored: Scored | None = None) -> None:
         """Algorithm 1 on Ray Data; work items that have a file are not scored again. Ray must be running."""
         measured, items = self.measured()
-        score_on_ray(measured, items, self.select.cpus, scored)
+        score_on_ray(measured, items, self.select.cpus, scored, self.config.ray.nodes.data)
 
     def score_here(self, scored: Scored | None = None) -> None:
         """The same in this process."""

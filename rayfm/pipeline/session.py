@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from rayfm.config import CapacityError
+from rayfm.config import CapacityError, ConfigError
+from rayfm.data.cluster import cluster_resources
 from rayfm.pipeline.config import RayConfig
 from rayfm.quiet import QUIET_ENVIRONMENT, quiet_libraries
 
@@ -17,6 +18,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     """Ray for the time of a run: the one that runs in this process already, a cluster's, or one of our own.
 
     Raises:
+        ConfigError: nodes of a cluster are named, and none is joined.
         CapacityError: no cluster answers at the address.
     """
     for name, value in QUIET_ENVIRONMENT.items():
@@ -28,6 +30,10 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
+    if not address and any((config.nodes.data, config.nodes.training, config.nodes.serving)):
+        raise ConfigError(
+            "ray.nodes: the Ray that is started here has no node labels; give ray.address, or leave it out"
+        )
     common: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",
@@ -60,11 +66,3 @@ def own_cpus(config: RayConfig) -> int | None:
     if config.address or os.environ.get("RAY_ADDRESS"):
         return None
     return max(1, int(cluster_resources()[0]))
-
-
-def cluster_resources() -> tuple[float, float]:
-    """CPUs and GPUs of the whole cluster."""
-    import ray
-
-    total = ray.cluster_resources()
-    return float(total.get("CPU", 0.0)), float(total.get("GPU", 0.0))

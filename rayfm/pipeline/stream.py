@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfm.config import RayfmError, SnapshotError
+from rayfm.data.cluster import cluster_resources
 from rayfm.data.prepare import missing_periods
 from rayfm.data.prepare import prepare as prepare_source
 from rayfm.data.sources.base import Source
@@ -86,6 +87,7 @@ class Pipeline(RunState):
             cpus_per_task=data.cpus_per_task,
             only=periods,
             tasks=tasks,
+            nodes=self.config.ray.nodes.data,
         )
 
     def coordinator(self, spec: TrainerSpec, prepare_timeout: float = 3600.0, alone: bool = False) -> TrainerTickets:
@@ -141,14 +143,8 @@ class Pipeline(RunState):
             TeacherServiceConfig(
                 root=str(self.run_dir.absolute()), model=teacher_key(self.config, teacher), threads=serving.threads
             ),
-            replicas=serving.replicas,
-            cpus=serving.cpus,
-            gpus=serving.gpus,
+            replicas=serving.placed(self.config.ray.nodes.serving),
             http_port=serving.http_port,
-            members=serving.members,
-            member_cpus=serving.member_cpus,
-            member_gpus=serving.member_gpus,
-            row_wise_from=serving.row_wise_from,
         )
 
     def label(

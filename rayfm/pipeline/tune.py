@@ -19,10 +19,11 @@ from typing import Any
 import yaml
 
 from rayfm.config import CapacityError, ConfigError, LabelError, RayfmError, nearest, set_key, validate
+from rayfm.data.cluster import cluster_resources
 from rayfm.data.prepare import missing_periods
 from rayfm.pipeline.config import PipelineConfig, load_config
 from rayfm.pipeline.plan import group_labels
-from rayfm.pipeline.session import cluster_resources, ray_session
+from rayfm.pipeline.session import ray_session
 from rayfm.pipeline.stream import Pipeline
 from rayfm.pipeline.take_up import take_up, write_down
 from rayfm.pipeline.tickets import TrainerTickets

@@ -23,7 +23,7 @@ _INK = "#010203"
 """Stands for the page's text colour while matplotlib draws."""
 
 
-def _svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str) -> str:
+def svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str) -> str:
     """Draw on one pair of axes; ``label`` is what a screen reader says."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -116,7 +116,7 @@ def over_periods(
             axes.set_ylim(lowest - 0.15 * room, highest + 0.6 * room)
         _ticks(axes, periods)
 
-    return _svg(draw, (3.7, 2.5), f"{title} over periods")
+    return svg(draw, (3.7, 2.5), f"{title} over periods")
 
 
 def with_intervals(
@@ -153,7 +153,7 @@ def with_intervals(
         if ticks:
             axes.set_xticks(range(len(ticks)), ticks)
 
-    return _svg(draw, (4.6, 3.0), title)
+    return svg(draw, (4.6, 3.0), title)
 
 
 def calibration_panel(
@@ -188,7 +188,7 @@ def calibration_panel(
         axes.set_xlabel("mean prediction")
         axes.set_ylabel("mean label")
 
-    return _svg(draw, (3.1, 3.1), f"Calibration of {title}")
+    return svg(draw, (3.1, 3.1), f"Calibration of {title}")
 
 
 def stacked_parts(parts: Mapping[str, Mapping[str, float]], colours: Mapping[str, str]) -> str:
@@ -209,7 +209,7 @@ def stacked_parts(parts: Mapping[str, Mapping[str, float]], colours: Mapping[str
         axes.set_xlim(0, 100)
         axes.set_xlabel("% of the trainer's time")
 
-    return _svg(draw, (5.6, 0.75 + 0.42 * len(parts)), "Where a trainer's time goes")
+    return svg(draw, (5.6, 0.75 + 0.42 * len(parts)), "Where a trainer's time goes")
 
 
 def grouped_bars(
@@ -225,7 +225,7 @@ def grouped_bars(
         axes.set_title(title)
         _ticks(axes, periods)
 
-    return _svg(draw, (3.7, 2.5), title)
+    return svg(draw, (3.7, 2.5), title)
 
 
 def _thousands(value: float, _: Any) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 
 from rayfm.config import CapacityError, DataError
+from rayfm.config.nodes import NodeLabels
+from rayfm.data.cluster import cluster_resources
 from rayfm.data.reader import quiet_ray_data
 from rayfm.data.task_errors import raise_error
 from rayfm.selection.scoring import Item, ItemScorer, Measured, ScoreItems
@@ -34,7 +36,13 @@ def score_here(measured: Measured, items: list[Item], watch: Watch | None = None
             watch(done, len(items))
 
 
-def score_on_ray(measured: Measured, items: list[Item], cpus: float = 1.0, watch: Watch | None = None) -> None:
+def score_on_ray(
+    measured: Measured,
+    items: list[Item],
+    cpus: float = 1.0,
+    watch: Watch | None = None,
+    nodes: NodeLabels | None = None,
+) -> None:
     """Score what has no file yet on as many actors as the cluster has room for, each with the model in memory.
 
     An actor that dies is replaced and its item scored again; no row passes the driver. Ray must be running.
@@ -43,6 +51,7 @@ def score_on_ray(measured: Measured, items: list[Item], cpus: float = 1.0, watch
         measured, items: what to score.
         cpus: CPUs of an actor.
         watch: told whenever an item is scored.
+        nodes: labels of the nodes that actors run on.
 
     Raises:
         CapacityError: no actor fits.
@@ -56,12 +65,12 @@ def score_on_ray(measured: Measured, items: list[Item], cpus: float = 1.0, watch
         watch(len(items) - len(left), len(items))
     if not left:
         return
-    have = float(ray.cluster_resources().get("CPU", 0.0))
+    have, _ = cluster_resources()
     fits = int((have + 1e-9) / cpus)
     if fits < 1:
         raise CapacityError(f"a scoring worker needs {cpus:g} CPUs and Ray has {have:g}; lower select.cpus")
     done = len(items) - len(left)
-    with quiet_ray_data():
+    with quiet_ray_data(nodes=nodes):
         # from_items, not from_arrow: that one runs a task of a whole CPU, which a small machine may not have free.
         dataset: ray.data.Dataset = ray.data.from_items(
             [{"item": position} for position in range(len(left))], override_num_blocks=len(left)

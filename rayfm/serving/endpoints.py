@@ -10,6 +10,7 @@ import torch
 
 from rayfm.client.wire import Scored
 from rayfm.config import CapacityError, Config, ConfigError
+from rayfm.data.cluster import cluster_resources
 from rayfm.serving.application import application_name, gang_config, start_teacher, teacher_handle
 from rayfm.serving.backend import ScoringBackend, Teacher
 from rayfm.serving.follow import item_follower, student_follower
@@ -24,6 +25,7 @@ from rayfm.serving.nearline.config import NearLineConfig
 from rayfm.serving.nearline.doorbell import check_installed
 from rayfm.serving.nearline.router import build_router
 from rayfm.serving.proxies import QUIET, Door, all_or_nothing, check_free, open_door
+from rayfm.serving.replicas import Replicas, selector
 from rayfm.serving.retrieval import retrieve_router
 from rayfm.serving.student import Students
 from rayfm.serving.teacher import TeacherServiceConfig
@@ -31,31 +33,13 @@ from rayfm.serving.teacher import TeacherServiceConfig
 GRPC_SERVICER = "rayfm.client.proto.scoring_pb2_grpc.add_ScoringServicer_to_server"
 
 
-class TeacherPlan(Config):
+class TeacherPlan(Replicas):
     """A teacher to serve."""
 
     name: str
     model: str
     """Its key in the snapshot store."""
-    replicas: int = 1
-    cpus: float = 0.25
-    gpus: float = 0.0
     threads: int = 1
-    members: int = 1
-    """Above 1, each replica is a gang of so many processes."""
-    member_cpus: float = 0.25
-    member_gpus: float = 0.0
-    row_wise_from: int = 1_000_000
-    """Rows from which on a gang cuts a table over its members."""
-
-    def gang(self) -> dict[str, Any]:
-        """What its replicas need as gangs."""
-        return {
-            "members": self.members,
-            "cpus_per_member": self.member_cpus,
-            "gpus_per_member": self.member_gpus,
-            "row_wise_from": self.row_wise_from,
-        }
 
 
 class EndpointsPlan(Config):
@@ -97,11 +81,8 @@ class EndpointsPlan(Config):
         config = self.endpoints
         found = [(f"endpoints ({config.replicas} x {config.cpus:g})", config.replicas * config.cpus, 0.0)]
         for teacher in self.teachers:
-            members = teacher.members if teacher.members > 1 else 0
-            each = f"({teacher.cpus:g} + {members} x {teacher.member_cpus:g})" if members else f"{teacher.cpus:g}"
-            cpus, gpus = teacher.cpus + members * teacher.member_cpus, teacher.gpus + members * teacher.member_gpus
-            what = f"teacher {teacher.name} ({teacher.replicas} x {each})"
-            found.append((what, teacher.replicas * cpus, teacher.replicas * gpus))
+            what = f"teacher {teacher.name} ({teacher.terms()})"
+            found.append((what, teacher.replicas * teacher.whole_cpus, teacher.replicas * teacher.whole_gpus))
         for name, near_line in self.near_line().items():
             consumer = near_line.consumer
             what = f"consumers of {name} ({consumer.replicas} x {consumer.cpus:g})"
@@ -235,11 +216,9 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
         check_installed()
     if config.grpc_port is not None:
         _check_grpc()
-    import ray
     from ray import serve
 
-    total = ray.cluster_resources()
-    check_room(plan, total.get("CPU", 0.0), total.get("GPU", 0.0))
+    check_room(plan, *cluster_resources())
 
     door = Door(
         config.host,
@@ -253,28 +232,17 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
     deployment: Any = serve.deployment(
         serve.ingress()(EndpointsReplica),
         name="Endpoints",
-        num_replicas=config.replicas,
         # The replica's own queues refuse with Retry-After; Serve's is for what they do not see: health, pages.
         max_ongoing_requests=2 * config.limits.max_queue + 32,
-        ray_actor_options={"num_cpus": config.cpus},
+        ray_actor_options={"num_cpus": config.cpus, **selector(config.nodes)},
         logging_config=QUIET,
+        **config.options(),
     )
     with all_or_nothing(_applications(plan)):
         serve.run(deployment.bind(plan.dump(), TokenCheck(token)), name=endpoints_name(plan.run), route_prefix="/")
         # After what has a route: HAProxy does not report that it serves as long as nothing has one.
         for teacher in plan.teachers:
-            start_teacher(
-                _teachers_of(plan.run),
-                teacher.name,
-                plan.service(teacher),
-                replicas=teacher.replicas,
-                cpus=teacher.cpus,
-                gpus=teacher.gpus,
-                members=teacher.members,
-                member_cpus=teacher.member_cpus,
-                member_gpus=teacher.member_gpus,
-                row_wise_from=teacher.row_wise_from,
-            )
+            start_teacher(_teachers_of(plan.run), teacher.name, plan.service(teacher), teacher)
         for near_line in plan.near_line().values():
             start_consumers(near_line)
 

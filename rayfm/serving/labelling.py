@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfm.config import LabelError
+from rayfm.config.nodes import NodeLabels
 from rayfm.data.reader import quiet_ray_data
 from rayfm.data.steps import Lookup, RepresentationLookup
 from rayfm.data.store import ExampleStore
@@ -55,6 +56,7 @@ def label_period(
     rows_per_request: int = 8192,
     cpus_per_task: float = 0.25,
     store_representation: bool = False,
+    nodes: NodeLabels | None = None,
 ) -> dict[str, Any]:
     """Label one period with one snapshot, exactly once: a job that runs again finds its commit and changes nothing.
 
@@ -68,6 +70,7 @@ def label_period(
         considerations: whether considerations are labelled too.
         rows_per_request: rows of one call to the service.
         cpus_per_task: CPUs of a reading task.
+        nodes: labels of the nodes that reading tasks run on.
         store_representation: store the teacher's representation beside its predictions.
 
     Returns:
@@ -116,7 +119,7 @@ def label_period(
         texts = [record for part in work for record in task.write(part)]
         records = [LaneRecord.model_validate_json(text) for text in texts]
     elif work:
-        with quiet_ray_data():
+        with quiet_ray_data(nodes=nodes):
             # from_items, not from_arrow: that one runs a task of a whole CPU, which a small machine never has free.
             dataset = ray.data.from_items(
                 [{"kinds": [kind for kind, _ in part], "lanes": [lane for _, lane in part]} for part in work],

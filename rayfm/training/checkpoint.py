@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 
 from rayfm.config import Config, DataError, RayfmError
@@ -202,10 +201,3 @@ def _unfit(path: Path, error: BaseException) -> RayfmError:
 
 def _tensors(learners: list[Learner]) -> dict[str, Any]:
     return {learner.config.key: learner.state() for learner in learners}
-
-
-def world_device(rank: int, wanted: str) -> torch.device:
-    """The device of a local rank: ``auto`` takes CUDA where there is one."""
-    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", rank % max(1, torch.cuda.device_count()))
-    return torch.device("cpu")

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rayfm.config import Config
+from rayfm.config.nodes import NodeLabels
 from rayfm.data.reader import ReaderKind
 
 TableOptimizerName = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
@@ -105,6 +106,8 @@ class TrainingConfig(Config):
     """How often an elastic group looks whether to grow or shrink. Each change restarts it from its checkpoint."""
     cpus_per_worker: float = Field(0.5, gt=0)
     gpus_per_worker: float = Field(0.0, ge=0)
+    nodes: NodeLabels = {}
+    """Labels of the nodes that workers run on; none named: those of ``ray.nodes.training``."""
     threads: int = Field(1, ge=1)
     """Intra-op threads of a worker."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -121,6 +124,8 @@ class TrainingConfig(Config):
     computes; the numbers stay the same. ``none``: one step after the other. ``auto``: the pipeline on CUDA alone."""
     reader: ReaderKind = "arrow"
     """``ray_data``: tasks of the cluster read ahead; a teacher's default. ``arrow``: the worker reads by itself."""
+    read_tasks: int = Field(2, ge=1)
+    """Tasks that read at once for a worker with ``ray_data``, each in a process of its own."""
 
     tables: TableOptimizer = TableOptimizer()
     table_overrides: dict[str, TableOptimizer] = {}

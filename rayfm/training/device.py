@@ -29,6 +29,13 @@ def worker_device(rank: int, training: TrainingConfig) -> torch.device:
                 "'table_memory' out on CPUs, whose memory has all tables"
             )
         return torch.device("cpu")
+    return visible_device(rank)
+
+
+def visible_device(rank: int) -> torch.device:
+    """The device of a local rank, of those that its process sees: CUDA where there is one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 

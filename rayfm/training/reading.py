@@ -38,15 +38,21 @@ class Reading:
         if spec.training.reader == "arrow":
             return ArrowReader(plan, encoder, self.rank, self.world)
         if spec.teachers:  # labels arrive period by period, and with them their version
-            return RayDataReader(plan, encoder, [period], self.rank, self.world, start)
+            return self._by_ray_data(spec, plan, encoder, [period], start)
         if self._ray_reader is None or period not in self._ray_reader.periods:
             prepared = set(self.store.periods())
             # Not those that are predicted alone: the pipeline would read them, and hold their blocks, for nobody.
             ahead = spec.periods[index : spec.trained]
             known = [period for period in ahead if period in prepared]
-            self._ray_reader = RayDataReader(plan, encoder, known, self.rank, self.world, start)
+            self._ray_reader = self._by_ray_data(spec, plan, encoder, known, start)
         self._ray_reader.encoder = encoder  # the period's: vocabularies grow
         return self._ray_reader
+
+    def _by_ray_data(
+        self, spec: TrainerSpec, plan: ReadPlan, encoder: Encoder, periods: list[str], start: int
+    ) -> RayDataReader:
+        tasks, nodes = spec.training.read_tasks, spec.nodes.data
+        return RayDataReader(plan, encoder, periods, self.rank, self.world, start, tasks=tasks, nodes=nodes)
 
     def prediction(
         self, spec: TrainerSpec, period: str, columns: tuple[str, ...], labels: dict[str, PinnedLabels]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rayfm.config import Config
+from rayfm.config.nodes import NodesConfig
 from rayfm.data.sampling import ConsiderationShare
 from rayfm.data.steps import Lookup, RepresentationLookup
 from rayfm.data.store import ExampleStore
@@ -48,6 +49,8 @@ class TrainerSpec(Config):
     evaluated_share: float = 0.0
     """Share of the considerations that are predicted and scored."""
     replicates: int = 200
+    nodes: NodesConfig = NodesConfig()
+    """Where workers run, unless the training names others, and the tasks that read for them."""
     follow: bool = False
     """Whether more periods come after those named; the coordinator then knows the next one."""
 

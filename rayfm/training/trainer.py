@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from rayfm.config import RayfmError
+from rayfm.config.nodes import NodeLabels
 from rayfm.training.config import TrainingConfig
 from rayfm.training.loop import TrainingLoop
 from rayfm.training.progress import progress_file
@@ -43,7 +44,7 @@ def fit(spec: TrainerSpec, coordinator: Coordinator, label_source: LabelSource |
         train_loop_config={"parts": cloudpickle.dumps((spec, coordinator, label_source))},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            **_workers(training),
+            **_workers(training, training.nodes or spec.nodes.training),
             use_gpu=gpu,
             resources_per_worker={"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
             if gpu
@@ -63,12 +64,13 @@ def fit(spec: TrainerSpec, coordinator: Coordinator, label_source: LabelSource |
         raise RayfmError(f"trainer {spec.name}: {lines[-1] if lines else type(error).__name__}") from error
 
 
-def _workers(training: TrainingConfig) -> dict[str, Any]:
-    """How many workers Ray Train is asked for."""
+def _workers(training: TrainingConfig, nodes: NodeLabels) -> dict[str, Any]:
+    """How many workers Ray Train is asked for, and where."""
+    where: dict[str, Any] = {"label_selector": nodes} if nodes else {}
     if training.max_workers is None:
-        return {"num_workers": training.workers}
+        return {"num_workers": training.workers, **where}
     elastic = (training.workers, training.max_workers)
-    return {"num_workers": elastic, "elastic_resize_monitor_interval_s": training.resize_seconds}
+    return {"num_workers": elastic, "elastic_resize_monitor_interval_s": training.resize_seconds, **where}
 
 
 @contextlib.contextmanager

@@ -43,6 +43,23 @@ def test_a_teacher_of_several_members_is_served_by_gangs(tmp_path):
     assert plan.needs()[1] == ("teacher fm (2 x (0.1 + 3 x 0.5))", pytest.approx(3.2), 6.0)
 
 
+def test_all_that_serves_runs_on_the_serving_nodes_unless_it_names_others(tmp_path):
+    serving, inference = {"role": "serving"}, {"role": "inference"}
+    near_line = {"consumer": {"nodes": inference}}
+    config = run_of(tmp_path, "vm.none.1", "fm.teacher.0", ray={"nodes": {"serving": serving}})
+    plan = plan_endpoints(config)
+    assert (plan.endpoints.nodes, plan.teachers[0].nodes) == (serving, serving)
+    changed = small_pipeline(
+        tmp_path,
+        ray={"nodes": {"serving": serving}},
+        serving={"nodes": inference},
+        endpoints={"near_line": near_line},
+    )
+    plan = plan_endpoints(changed)
+    assert (plan.endpoints.nodes, plan.teachers[0].nodes) == (serving, inference)
+    assert plan.near_line()["fm"].consumer.nodes == inference
+
+
 def test_or_those_that_are_named(tmp_path):
     store = "zookeeper://zk:2181"
     config = run_of(tmp_path, endpoints={"students": ["vm.direct.1"], "teachers": [], "metadata": store})

@@ -23,6 +23,7 @@ from served_models import CONFIG, SCHEMA, publish_model
 from rayfm.config import SnapshotError
 from rayfm.serving.application import start_teacher, stop_teacher
 from rayfm.serving.gang.member import GangMember
+from rayfm.serving.replicas import Replicas
 from rayfm.serving.teacher import TeacherServiceConfig, load_version, score_table
 from rayfm.snapshots import Collector, SnapshotStore, open_metadata, read_current, refusals
 
@@ -124,11 +125,7 @@ def test_gangs_follow_current_and_one_with_a_dead_member_is_replaced(root: Path,
         "gang",
         "fm",
         TeacherServiceConfig(root=str(root), model=MODEL, metadata=url, poll_s=0.2),
-        replicas=2,
-        cpus=0.1,
-        members=2,
-        member_cpus=0.1,
-        row_wise_from=ROW_WISE_FROM,
+        Replicas(replicas=2, cpus=0.1, members=2, member_cpus=0.1, row_wise_from=ROW_WISE_FROM),
     )
     try:
         rows = every_feature_rows(90, seed=5)

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from example_store import every_feature_rows
+from pydantic import ValidationError
 from served_models import publish_model
 
 from rayfm.config import CapacityError, ConfigError, DataError, SnapshotError
@@ -25,6 +26,7 @@ from rayfm.serving.gang.service import GangTeacherService
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.problems import Problem
 from rayfm.serving.nearline.labeller import is_lasting
+from rayfm.serving.replicas import Replicas
 from rayfm.serving.teacher import Answer, TeacherServiceConfig
 from rayfm.snapshots import Collector, SnapshotStore, load_failures, open_metadata, read_current, refusals
 
@@ -346,7 +348,6 @@ def plan(root: Path, metadata: str | None = None, **teacher: Any) -> EndpointsPl
     [
         (None, {"members": 2}, "a gang follows `current` of a metadata store"),
         ("sqlite:///m.db", {"members": 2, "member_gpus": 0.5}, "member_gpus: 0.5; a member has a GPU of its own"),
-        ("sqlite:///m.db", {"members": 2, "member_cpus": 0}, "cpus_per_member Input should be greater than 0"),
     ],
 )
 def test_a_gang_that_cannot_be_is_refused_before_anything_starts(tmp_path, metadata, teacher, said):
@@ -354,10 +355,15 @@ def test_a_gang_that_cannot_be_is_refused_before_anything_starts(tmp_path, metad
         start_endpoints(plan(tmp_path, metadata, **teacher), None)
 
 
+def test_a_gang_of_members_without_a_share_of_a_cpu_is_no_plan(tmp_path):
+    with pytest.raises(ValidationError, match="member_cpus\n  Input should be greater than 0"):
+        plan(tmp_path, "sqlite:///m.db", members=2, member_cpus=0)
+
+
 def test_a_gang_has_no_port_of_its_own(tmp_path):
     config = TeacherServiceConfig(root=str(tmp_path), model=MODEL)
     with pytest.raises(ConfigError, match=r"http_port goes with serving\.members: 1"):
-        start_teacher("r", "fm", config, members=2, http_port=8000)
+        start_teacher("r", "fm", config, Replicas(members=2), http_port=8000)
 
 
 def test_what_ray_could_never_place_is_refused_with_the_arithmetic(tmp_path):

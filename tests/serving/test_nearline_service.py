@@ -18,6 +18,7 @@ from rayfm.serving.application import start_teacher, stop_teacher
 from rayfm.serving.nearline.application import start_consumers, start_intake, stop_nearline
 from rayfm.serving.nearline.labels import NearLineLabels
 from rayfm.serving.nearline.spool import Spool
+from rayfm.serving.replicas import Replicas
 from rayfm.serving.teacher import TeacherServiceConfig, load_version, score_table
 from rayfm.snapshots import SnapshotStore
 
@@ -75,7 +76,8 @@ def test_every_accepted_row_is_labelled_once_whatever_is_killed(fresh_ray, redis
     )
     client = Client(start_intake([settings], servers.free_port(), cpus=0.1))
     try:
-        start_teacher("nearline", TEACHER, TeacherServiceConfig(root=str(tmp_path), model=MODEL), cpus=0.1)
+        service = TeacherServiceConfig(root=str(tmp_path), model=MODEL)
+        start_teacher("nearline", TEACHER, service, Replicas(cpus=0.1))
         consumer = start_consumers(settings)
         client.post(rows(30))
         client.wait()

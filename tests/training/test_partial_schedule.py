@@ -53,10 +53,11 @@ def test_it_goes_on_from_its_last_checkpoint(store: Path, tmp_path: Path) -> Non
 
 
 def test_a_reader_is_not_planned_over_periods_that_are_only_predicted(store: Path, tmp_path: Path) -> None:
-    whole = runs.spec(store, tmp_path, runs.learner("fm"), reader="ray_data")
+    whole = runs.spec(store, tmp_path, runs.learner("fm"), reader="ray_data", read_tasks=3)
     planned = []
 
-    def keep(plan, encoder, periods, rank, world, start):
+    def keep(plan, encoder, periods, rank, world, start, tasks, nodes):
+        assert tasks == 3
         planned.append(list(periods))
         return SimpleNamespace(periods=periods)
 

@@ -18,7 +18,7 @@ from rayfm.labels.columns import REPRESENTATION
 from rayfm.serving.gang.sharded import ShardedVersion
 from rayfm.serving.versions import blank_example, check_warm
 from rayfm.snapshots.load import SnapshotStore
-from rayfm.training.checkpoint import world_device
+from rayfm.training.device import visible_device
 
 GROUP_TIMEOUT_S = 120.0
 """Seconds that a member waits for the others in one exchange before it gives up."""
@@ -80,7 +80,7 @@ class GangMember:
         """
         # First, so that members whose load fails have made as many groups as the others.
         group = dist.new_group(timeout=datetime.timedelta(seconds=GROUP_TIMEOUT_S))
-        device = world_device(self.rank, "auto")
+        device = visible_device(self.rank)
         try:
             loaded = ShardedVersion(self.store, self.model, version, device, group, self.row_wise_from)
         except BaseException:
@@ -98,7 +98,7 @@ class GangMember:
         """
         loaded = self.versions[number]
         encoder = loaded.encoder
-        predictions, _ = loaded.predict(encoder.batch(blank_example(encoder), 0, 1).to(world_device(self.rank, "auto")))
+        predictions, _ = loaded.predict(encoder.batch(blank_example(encoder), 0, 1).to(visible_device(self.rank)))
         check_warm(loaded.version, predictions)
 
     @ray.method(concurrency_group="loading")
@@ -136,7 +136,7 @@ class GangMember:
         for step in range(steps):
             start = min(rows, step * rows_at_once)
             stop = min(rows, start + rows_at_once)
-            batch = loaded.encoder.batch(chunk, start, stop).to(world_device(self.rank, "auto"))
+            batch = loaded.encoder.batch(chunk, start, stop).to(visible_device(self.rank))
             predictions, representation_BH = loaded.predict(batch)
             for task in loaded.tasks:
                 columns[task][start:stop] = predictions[task].float().cpu().numpy()

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from rayfm.config import Config
 from rayfm.export.config import CompileConfig
 from rayfm.serving.nearline.config import NearLineOptions
+from rayfm.serving.replicas import Scale
 from rayfm.serving.retrieval_config import RetrievalConfig
 from rayfm.snapshots.metadata import check_metadata_url
 
@@ -37,7 +38,7 @@ class LimitsConfig(Config):
         return int(self.max_body_mb * 2**20)
 
 
-class EndpointsConfig(Config):
+class EndpointsConfig(Scale):
     """What `rayfm serve` starts."""
 
     host: str = "127.0.0.1"
@@ -54,10 +55,8 @@ class EndpointsConfig(Config):
     the run that are published at the start."""
     teachers: tuple[str, ...] | None = None
     """Names of the teachers to serve, as with students."""
-    replicas: int = Field(1, ge=1)
-    """Processes that answer; each scores students itself."""
     cpus: float = Field(0.5, gt=0)
-    """CPUs that each of them reserves."""
+    """CPUs that each replica reserves; each scores students itself."""
     threads: int = Field(1, ge=1)
     """Torch's threads in each of them."""
     max_loaded: int = Field(8, ge=1)

@@ -17,6 +17,7 @@ from rayfm.serving.nearline.router import build_app
 from rayfm.serving.nearline.rows import Versions
 from rayfm.serving.nearline.spool import Spool
 from rayfm.serving.proxies import QUIET, Door, all_or_nothing, check_free, open_door
+from rayfm.serving.replicas import selector
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata import open_metadata
 
@@ -94,7 +95,7 @@ def start_consumers(config: NearLineConfig, score: Score | None = None) -> Any:
             health_check_period_s=consumer.health_s,
             health_check_timeout_s=max(10.0, consumer.health_s),
             graceful_shutdown_timeout_s=10.0,
-            ray_actor_options={"num_cpus": consumer.cpus},
+            ray_actor_options={"num_cpus": consumer.cpus, **selector(consumer.nodes)},
             logging_config=QUIET,
             **autoscaling(config),
         )

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from rayfm.config import Config, RayfmError, read_yaml, validate
+from rayfm.config.nodes import NodeLabels
 from rayfm.labels.columns import check_part
 from rayfm.serving.nearline.rows import PeriodLength
 from rayfm.snapshots.manifest import check_name
@@ -68,6 +69,8 @@ class ConsumerConfig(Config):
     """How often the queue's length is looked at, for the number of consumers."""
 
     cpus: float = Field(0.25, ge=0)
+    nodes: NodeLabels = {}
+    """Labels of the nodes that consumers run on; none named: those of ``ray.nodes.serving``."""
     tickets: int = Field(32, ge=1)
     """Tickets of a batch at most, and that a consumer holds at once."""
 
