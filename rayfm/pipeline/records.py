@@ -35,6 +35,7 @@ class RunRecords:
         self, config: PipelineConfig, specs: list[TrainerSpec], tickets: Tickets, periods: tuple[str, ...] | None = None
     ) -> None:
         self.config, self.specs, self.tickets = config, specs, tickets
+        self._warned: set[Path] = set()
         self.periods = specs[0].periods if periods is None else periods
         self.store = ExampleStore(config.storage)
         self._written: set[tuple[str, str]] = set()
@@ -48,6 +49,17 @@ class RunRecords:
         self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
         self.metrics_path.write_text("")
         self._written.clear()
+
+    def warnings(self) -> list[str]:
+        """What trainers warned of since the last call, each once."""
+        fresh = [
+            path
+            for spec in self.specs
+            for path in sorted((spec.folder / "warnings").glob("*.txt"))
+            if path not in self._warned
+        ]
+        self._warned.update(fresh)
+        return [path.read_text() for path in fresh]
 
     def refresh(self) -> list[PeriodRecord]:
         """Append the metrics of periods that trainers finished since the last call; returns their records."""

@@ -128,7 +128,13 @@ class Pipeline(RunState):
     def train(self, spec: TrainerSpec, coordinator: TrainerTickets | None = None) -> None:
         """Train one group through all periods."""
         fit(spec, coordinator or self.coordinator(spec), self.label_source(spec.name))
+        self._warn()
         self.tickets.check()
+
+    def _warn(self) -> None:
+        """Hand on what trainers warn of: their own logs stay on the machines that they run on."""
+        for message in self.records.warnings():
+            log.warning(message)
 
     def label_source(self, owner: str) -> StoredLabels:
         """Look-ups of the run's labels, near-line ones included, for a trainer called ``owner``."""
@@ -221,6 +227,7 @@ class Pipeline(RunState):
                 if behinds != shown and time.monotonic() - written >= WRITE_EVERY_S:
                     self.write_events()
                     shown, written = behinds, time.monotonic()
+                self._warn()
                 if watch is not None:
                     watch(self.watch())
         if failure is not None:

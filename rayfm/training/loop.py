@@ -28,6 +28,7 @@ from rayfm.training.ids import Vocabularies
 from rayfm.training.learner import Learner
 from rayfm.training.ledger import Ledger
 from rayfm.training.period import PeriodParts, PeriodRecord
+from rayfm.training.precision import warn_of_precision
 from rayfm.training.publishing import Publisher
 from rayfm.training.ranks import sum_over_ranks
 from rayfm.training.reading import Reading, histories
@@ -63,6 +64,8 @@ class TrainingLoop:
         torch.set_num_threads(spec.training.threads)
         self.device = worker_device(self.rank, spec.training)
         set_up(self.device, spec.training)
+        if self.rank == 0:
+            warn_of_precision(spec, self.device)
         self.store = ExampleStore(spec.store)
         self.learners = [
             Learner(config, spec.training, spec.schema_, self.device, spec.folder / "plans" / f"{config.key}.json")
