@@ -1,4 +1,4 @@
-# make install | demo | test | soak | soak-training | lint | bench | docs. Everything goes to .venv; DEVICE=gpu takes the CUDA builds.
+# make install | demo | test | soak | soak-training | lint | bench | docs | dist. Everything goes to .venv; DEVICE=gpu takes the CUDA builds.
 DEVICE ?= cpu
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +20,7 @@ SOAK ?= --faults 200 --mean-s 5
 # SIGKILLs of one training; each costs half a second.
 KILLS ?= 400
 
-.PHONY: help install demo test soak soak-training lint bench docs clean
+.PHONY: help install demo test soak soak-training lint bench docs dist clean
 
 help:
 	@sed -n 1p Makefile
@@ -63,5 +63,10 @@ docs: install
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
+dist: install
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	@ls dist
+
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) runs build dist site *.egg-info
