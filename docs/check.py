@@ -85,6 +85,9 @@ def check_reference() -> Iterator[str]:
     text = generate.NEARLINE_PAGE.read_text()
     if generate.page(text, generate.nearline_reference) != text:
         yield "docs/nearline.md: the reference is not what the config classes say; run python docs/generate.py"
+    text = generate.OPERATIONS_PAGE.read_text()
+    if generate.page(text, generate.metrics_reference) != text:
+        yield "docs/operations.md: the table is not that of rayfm/operations/metrics.py; run python docs/generate.py"
 
 
 def check_links(page: Path) -> Iterator[str]:
@@ -142,8 +145,8 @@ def check_command(page: Path, command: str) -> Iterator[str]:
             yield f"{page.name}: `{command}`: {str(error).splitlines()[0]}"
         return
     config = context.params.get("config")
-    if config is None or str(config).isupper():
-        return
+    if config is None or str(config).isupper() or f"Save this as `{config}`" in page.read_text():
+        return  # a page's own file is one of its YAML blocks, which `check_yaml` reads
     sets = [item for item in context.params.get("set_") or [] if not item.isupper()]
     try:
         if context.info_name == "augment":

@@ -1,5 +1,5 @@
-"""Writes the references of docs/configuration.md, augmentation.md and nearline.md from the config classes themselves:
-``python docs/generate.py``.
+"""Writes the references of docs/configuration.md, augmentation.md and nearline.md from the config classes themselves,
+and the table of docs/operations.md from the metrics: ``python docs/generate.py``.
 
 What stands between the two markers is replaced; everything else in the files is written by hand.
 """
@@ -23,12 +23,14 @@ from rayfm.config import Registry
 from rayfm.data.sources.base import SOURCES
 from rayfm.distill.base import OBJECTIVES
 from rayfm.models.base import MODELS, ModelConfig
+from rayfm.operations.metrics import METRICS
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.serving.nearline.config import NearLineConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 AUGMENT_PAGE = Path(__file__).parent / "augmentation.md"
 NEARLINE_PAGE = Path(__file__).parent / "nearline.md"
+OPERATIONS_PAGE = Path(__file__).parent / "operations.md"
 BEGIN, END = "<!-- reference: written by docs/generate.py -->", "<!-- /reference -->"
 
 _REGISTRIES = {MODELS: "models", OBJECTIVES: "objectives", SOURCES: "sources"}
@@ -272,6 +274,17 @@ def nearline_reference() -> str:
     return file_reference(NearLineConfig)
 
 
+def metrics_reference() -> str:
+    """The table of exported metrics as Markdown."""
+    lines = ["| metric | type | unit | labels | |", "| --- | --- | --- | --- | --- |"]
+    for metric in METRICS:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        source, _, when = metric.source.partition(": ")
+        says = f"{metric.help} *From* [{Path(source).name}](../{source}), {when}."
+        lines.append(f"| `{metric.name}` | {metric.kind} | {metric.unit or '-'} | {labels} | {_cell(_text(says))} |")
+    return "\n".join([*lines, ""])
+
+
 def page(text: str, written: Callable[[], str] = reference) -> str:
     """``text`` with its reference written anew. Raises ValueError where the markers are missing."""
     before, begin, rest = text.partition(BEGIN)
@@ -286,6 +299,7 @@ if __name__ == "__main__":
         (PAGE, reference),
         (AUGMENT_PAGE, augment_reference),
         (NEARLINE_PAGE, nearline_reference),
+        (OPERATIONS_PAGE, metrics_reference),
     ):
         path.write_text(page(path.read_text(), written))
         print(f"wrote {path}")

@@ -33,7 +33,7 @@ def fresh_versions(store: SnapshotStore, config: ScoringTeacherConfig, period: s
     if config.version is not None:
         yield store.manifest(config.model, config.version)
         return
-    versions = store.versions(config.model)
+    versions = store.takeable(config.model)
     if not versions:
         raise SnapshotError(f"no version of {config.model!r} in {store.root}{nearest(config.model, store.models())}")
     found = False

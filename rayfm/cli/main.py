@@ -5,6 +5,7 @@ Heavy imports (torch, Ray) happen inside the commands: ``rayfm --help`` answers 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from rayfm.cli import checkpoints, labels, nearline, snapshots
 from rayfm.cli.augment import augment
 from rayfm.cli.plan import plan
 from rayfm.cli.runs import RunFolder
+from rayfm.cli.submit import submit
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -118,6 +120,7 @@ def label(
 
 app.command()(augment)
 app.command()(plan)
+app.command()(submit)
 
 
 @app.command()
@@ -329,6 +332,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     try:
+        if os.environ.get("RAYFM_LOG_FORMAT") or os.environ.get("RAYFM_LOG_LEVEL"):
+            from rayfm.operations.logs import configure
+
+            configure()
         app([argument for argument in given if argument != "--debug"], prog_name="rayfm")
     except Exception as error:
         from rayfm.config.errors import RayfmError

@@ -102,6 +102,23 @@ def unpin(run_dir: RunFolder, model: Model, metadata: Metadata = None) -> None:
 
 
 @app.command()
+def promote(
+    run_dir: RunFolder,
+    model: Model,
+    version: Annotated[str, typer.Argument(show_default=False)],
+    reason: Reason = "by hand",
+    metadata: Metadata = None,
+) -> None:
+    """Let a version be served although the guard refused it, or before it decides. Newer ones are taken as ever."""
+    from rayfm.snapshots.promotion import override
+
+    with _pointer(run_dir, model, metadata) as pointer:
+        pointer.collector.store.verify(model, version)
+        override(pointer.collector.store.folder(model, version), pointer.by, reason)
+    typer.echo(f"{model}@{version} is promoted")
+
+
+@app.command()
 def rollback(
     run_dir: RunFolder,
     model: Model,

@@ -6,6 +6,7 @@ it syncs the file before the rename and the folder after it, which costs a few m
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Callable
@@ -90,6 +91,25 @@ def sync_file(path: Path) -> None:
     finally:
         os.close(descriptor)
     sync_dir(path.parent)
+
+
+def move_new(source: Path, target: Path) -> None:
+    """Give a file the name ``target``, which nobody has: of several that do so at once, one does. (On a mount without
+    hard links only where they do not do so at the very same moment.)
+
+    Raises:
+        FileExistsError: the name stands already.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if target.exists():
+            raise FileExistsError(target) from None
+        os.replace(source, target)
+        return
+    source.unlink(missing_ok=True)
 
 
 def _write(

@@ -78,7 +78,7 @@ class Metric:
 _TRAINER = ("run", "trainer")
 _MODEL = ("run", "model")
 _SCORED = ("run", "model", "task")
-_LOOP = "rayfm/training/loop.py: each worker, about twice a second"
+_LOOP = "rayfm/training/telemetry.py: each worker, about twice a second"
 _PERIOD = "rayfm/pipeline/watch_metrics.py: the driver, when a trainer has finished a period"
 
 EXAMPLES = Metric(
@@ -185,13 +185,14 @@ TEACHER_FRESHNESS = Metric(
     _LABELLED,
 )
 
+_DECIDED = "rayfm/pipeline/promotion.py: the driver, when it has decided on a version"
 PROMOTED = Metric(
     "rayfm_promotions_total",
     "counter",
     "versions",
     _MODEL,
     "Published versions that the guard let become current.",
-    _PERIOD,
+    _DECIDED,
 )
 REFUSED = Metric(
     "rayfm_promotions_refused_total",
@@ -199,7 +200,7 @@ REFUSED = Metric(
     "versions",
     _MODEL,
     "Published versions that the guard kept from becoming current.",
-    _PERIOD,
+    _DECIDED,
 )
 REFUSED_NOW = Metric(
     "rayfm_promotion_refused",
@@ -207,7 +208,7 @@ REFUSED_NOW = Metric(
     "",
     _MODEL,
     "1 while the newest published version is one that the guard refused, else 0.",
-    _PERIOD,
+    _DECIDED,
 )
 
 _SWAP = "rayfm/snapshots/loader.py: each replica, when another version answers"
@@ -267,7 +268,7 @@ ALERT = Metric(
     ("run", "alert", "subject"),
     "1 while an alert of the config's `alerts` fires, else 0; alert is calibration, coverage, stale_teacher, lag or "
     "promotion_refused, subject the model and task, teacher or trainer that it is of.",
-    _PERIOD,
+    "rayfm/pipeline/alerts.py: the driver, when a trainer has finished a period",
 )
 
 METRICS: tuple[Metric, ...] = tuple(value for value in list(vars().values()) if isinstance(value, Metric))

@@ -46,8 +46,21 @@ def needs(config: PipelineConfig) -> list[Need]:
                 training.workers * training.gpus_per_worker,
             )
         )
+    guarded = guarded_trainers(config)
+    if config.promotion is not None and guarded:
+        cpus = config.promotion.cpus
+        found.append(Need(f"promotion ({guarded} x {cpus:g})", guarded * cpus))
     found.append(Need("Ray Data tasks", config.ray.data_cpus))
     return found
+
+
+def guarded_trainers(config: PipelineConfig) -> int:
+    """How many trainers' versions are guarded: so many tasks may score at once."""
+    if config.promotion is None:
+        return 0
+    groups = {student.group for student in config.students.values()} if config.publish_students else set()
+    teachers = len(config.teachers) if "teachers" in config.promotion.roles else 0
+    return teachers + (len(groups) if "students" in config.promotion.roles else 0)
 
 
 def _members(serving: ServingConfig) -> int:

@@ -19,6 +19,10 @@ from rayfm.labels.config import LabelStoreConfig
 from rayfm.labels.storage import Storage
 from rayfm.models.base import MODELS, ModelConfig
 from rayfm.models.histories import HistoryFeature
+from rayfm.operations.alerts import AlertsConfig
+from rayfm.operations.logs import LoggingConfig
+from rayfm.operations.promotion import OF_REGRESSIONS, PromotionConfig
+from rayfm.operations.tracking import TrackingConfig
 from rayfm.pipeline.follow_config import FollowConfig
 from rayfm.pipeline.tune_config import TuneConfig
 from rayfm.schema import LOGGED_PREFIX, Schema
@@ -226,6 +230,14 @@ class PipelineConfig(Config):
     """What `rayfm select` does; a run does not read it."""
 
     @property
+    promotion: PromotionConfig | None = None
+    """When a published version may be served; by default the newest is, however good it is."""
+    alerts: AlertsConfig = AlertsConfig()
+    """Bars that each period of a run is held against."""
+    logging: LoggingConfig = LoggingConfig()
+    """How log lines look."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where a run's scalars go besides its folder: TensorBoard, MLflow."""
     def run_dir(self) -> Path:
         return Path(self.runs) / self.name
 
@@ -307,6 +319,7 @@ class PipelineConfig(Config):
                 if training.sharding_of(table, self.schema_.tables[table].rows) == "data_parallel":
                     raise ValueError(
                         f"{name}: table {table!r} is read item by item by a sequence, and such a table cannot be "
+        self._check_promotion()
                         "replicated, as optimiser adam needs; give it another one in 'table_overrides'"
                     )
         return self
@@ -370,6 +383,23 @@ class PipelineConfig(Config):
         for key, size in (("batch_size", training.batch_size), ("predict_batch_size", training.predict_batch_size)):
             if size % lanes:
                 nearby = max(1, size // lanes) * lanes
+    def _check_promotion(self) -> None:
+        if self.promotion is None:
+            return
+        tasks = {task.name: task.kind for task in self.schema_.tasks}
+        for rule in self.promotion.rules:
+            if rule.task is not None and rule.task not in tasks:
+                known = nearest(rule.task, list(tasks))
+                raise ValueError(f"promotion: task {rule.task!r} is not in the schema{known}")
+            kinds = set(tasks.values()) if rule.task is None else {tasks[rule.task]}
+            if rule.metric not in OF_REGRESSIONS and "binary" not in kinds:
+                of = f"task {rule.task!r} is a regression" if rule.task else "every task is a regression"
+                raise ValueError(f"promotion: {rule.metric} is of binary tasks, and {of}; take rmse or calibration")
+        if "students" in self.promotion.roles and not self.publish_students:
+            raise ValueError("promotion guards what is published, and publish_students is false; set it, or leave out")
+        if "teachers" in self.promotion.roles and not self.teachers:
+            raise ValueError("promotion: roles names teachers, and there are none; leave it out")
+
                 raise ValueError(f"{owner}: {key} {size} is not a multiple of data.lanes {lanes}; take {nearby}")
 
     def _check_objectives(

@@ -78,7 +78,7 @@ def complete_in_store(store: ExampleStore, lanes: int, known: Sequence[str]) -> 
                 f"{store.period_dir(name)}: has {manifest.lanes} lanes, and data.lanes is {lanes}; prepare it with "
                 "that many"
             )
-        found.append(Arrival(name, _seconds(manifest.start), _seconds(manifest.end)))
+        found.append(Arrival(name, seconds_of(manifest.start), seconds_of(manifest.end)))
     return found
 
 
@@ -107,7 +107,7 @@ def complete_periods(
     ]
 
 
-def _seconds(text: str) -> float:
+def seconds_of(text: str) -> float:
     """Seconds since 1970 of an ISO time, which is in UTC unless it says otherwise."""
     moment = datetime.datetime.fromisoformat(text)
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()

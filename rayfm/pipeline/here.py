@@ -6,6 +6,7 @@ from rayfm.config import RayfmError
 from rayfm.data.prepare import missing_periods
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.pipeline.plan import periods_to_label, teacher_key
+from rayfm.pipeline.promotion import Guard
 from rayfm.pipeline.stream import Pipeline
 from rayfm.serving.teacher import TeacherHere
 from rayfm.training.spec import TrainerSpec
@@ -40,6 +41,9 @@ def run_here(config: PipelineConfig, check_exports: bool = True) -> Pipeline:
             pipeline.label(spec.name, handle, wanted, timeout=0.0)
     for spec in pipeline.student_specs:
         _train(pipeline, spec if check_exports else spec.model_copy(update={"export_tolerance": None}))
+    guard = Guard(pipeline, here=True)
+    for spec in guard.specs():
+        guard.watch(spec, wait=False)
     return pipeline
 
 

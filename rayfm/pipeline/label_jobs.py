@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rayfm.config import DataError
 from rayfm.labels.history import HistoryStore
-from rayfm.pipeline.follow import POLL_S
+from rayfm.operations.metrics import COVERAGE, LABEL_SECONDS, LABELLED_ROWS, TEACHER_FRESHNESS
+from rayfm.pipeline.follow import POLL_S, seconds_of
 from rayfm.pipeline.plan import histories, periods_to_label, teacher_key
 from rayfm.pipeline.state import RunState
 from rayfm.serving.labelling import history_spec, label_period
@@ -20,7 +21,12 @@ LEASE_S = 120.0
 
 
 def label(
-    run: RunState, teacher: str, handle: Any, periods: tuple[str, ...] | None = None, timeout: float | None = None
+    run: RunState,
+    teacher: str,
+    handle: Any,
+    periods: tuple[str, ...] | None = None,
+    timeout: float | None = None,
+    choose: Callable[[str, str, str], str] | None = None,
 ) -> None:
     """Label periods in order, each with the snapshot trained through the period before it.
 
@@ -30,6 +36,7 @@ def label(
         handle: its service.
         periods: which; all but the first by default.
         timeout: seconds to wait for the snapshot that a period needs; by default as long as it takes.
+        choose: (teacher, that snapshot, period) -> the one that labels; by default that snapshot itself.
 
     Raises:
         LabelError: the snapshot did not come, or the label store refuses; or there are no near-line labels such as
@@ -39,7 +46,7 @@ def label(
     near_line, posted = run.config.teachers[teacher].near_line, NearLineLabels(run.run_dir)
     if near_line is not None:  # what is stated wrongly is said before anybody waits for a snapshot
         posted.pin(teacher, run.periods[0], near_line.table_version)
-    for index, period in _walk(run):
+    for index, period in walk(run):
         wanted = periods_to_label(run.config, run.periods, teacher) if run.follow else periods
         if index == 0 or (wanted is not None and period not in wanted):
             continue
@@ -55,6 +62,8 @@ def label(
         wait_prepared(run, period, timeout)
         _histories(run, teacher, index)
         version = str(trained["versions"][key])
+        if choose is not None:
+            version = choose(teacher, version, period)
         with contextlib.closing(LeaseKeeper(run.collector.metadata, LEASE_S)) as keeper:
             keeper.keep(run.collector.hold(key, version, f"label {period}", LEASE_S))
             ticket = label_period(
@@ -76,9 +85,34 @@ def label(
             # In the ticket, so that all students read one version, whatever is labelled near-line meanwhile.
             ticket["near_line"] = posted.pin(teacher, period, near_line.table_version)
         run.tickets.put("labelled", teacher, period, ticket)
+        _record(run, teacher, ticket)
 
 
-def _walk(run: RunState) -> Iterator[tuple[int, str]]:
+def _record(run: RunState, teacher: str, ticket: Mapping[str, Any]) -> None:
+    labels = {"run": run.config.name, "teacher": teacher}
+    for kind, share in ticket["coverage"].items():
+        COVERAGE.set(share, kind=kind, **labels)
+    LABELLED_ROWS.add(ticket["labelled"], **labels)
+    LABEL_SECONDS.set(ticket["seconds"], **labels)
+    gap = freshness(run, ticket)
+    if gap is not None:
+        TEACHER_FRESHNESS.set(gap, **labels)
+
+
+def freshness(run: RunState, ticket: Mapping[str, Any]) -> float | None:
+    """ExFM's freshness gap of a period's labels, in seconds of the data's time.
+
+    From the end of the last period that the snapshot was trained on to the end of the one that it labelled; None where
+    the store has one of them no more.
+    """
+    try:
+        labelled, trained = (run.store.manifest(str(ticket[key])).end for key in ("period", "trained_through"))
+    except DataError:
+        return None
+    return seconds_of(labelled) - seconds_of(trained)
+
+
+def walk(run: RunState) -> Iterator[tuple[int, str]]:
     """The periods with their places; where the run follows, also those that come while it does."""
     place = 0
     while True:

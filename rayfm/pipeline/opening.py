@@ -73,10 +73,15 @@ def _clear(run: RunState, saved: Path) -> None:
         shutil.rmtree(run.run_dir)
 
 
+OPERATIONS = ("promotion", "alerts", "logging", "tracking")
+NOT_OF_THE_NUMBERS = ("ray", "runs", "storage", "tune", "select", "follow", *OPERATIONS)
+"""Keys that may change between a run and its resumption: they change no number, or count from then on."""
+
+
 def _same_config(run: RunState, saved: Path) -> None:
     before, now = yaml.safe_load(saved.read_text()), run.config.dump()
     for config in (before, now):
-        for key in ("ray", "runs", "storage", "tune", "select", "follow"):
+        for key in NOT_OF_THE_NUMBERS:
             config.pop(key, None)
         # It counts for the periods that are labelled from now on; tickets hold what counts for the others.
         for teacher in (config.get("teachers") or {}).values():

@@ -14,6 +14,7 @@ from rayfm.data.store import PeriodManifest
 from rayfm.labels.columns import has_seen
 from rayfm.metrics import IMPRESSION_REFERENCE, MetricState, bootstrap_weights, lines
 from rayfm.pipeline.config import PipelineConfig, load_config
+from rayfm.pipeline.promotion import Guard
 from rayfm.pipeline.session import ray_session
 from rayfm.pipeline.stream import Pipeline
 from rayfm.schema import LOGGED_PREFIX, Schema
@@ -64,6 +65,8 @@ def train(config: PipelineConfig, trainers: list[str] | None = None) -> dict[str
                 continue
             coordinator = pipeline.coordinator(spec, prepare_timeout=0.0, alone=True)
             pipeline.train(spec, coordinator)
+            if spec.guarded:
+                Guard(pipeline).watch(spec, wait=False)
             newest[spec.name] = [f"{learner.key}@{pipeline.snapshots.latest(learner.key)}" for learner in spec.learners]
     return newest
 

@@ -6,7 +6,7 @@ Nothing here is gathered in memory during the run, so that a run that was killed
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rayfm.config.durable import write_whole
 from rayfm.data.store import ExampleStore, write_json_atomic
 from rayfm.metrics import Entry, MetricState, lines, summarise
 from rayfm.metrics.stages import stage_rows
+from rayfm.metrics.summary import Row
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.pipeline.plan import teachers_of
 from rayfm.pipeline.tickets import Tickets
@@ -39,6 +40,8 @@ class RunRecords:
         self.periods = specs[0].periods if periods is None else periods
         self.store = ExampleStore(config.storage)
         self._written: set[tuple[str, str]] = set()
+        self.told: Callable[[TrainerSpec, PeriodRecord, Sequence[Row]], None] | None = None
+        """Called by `refresh` with each period that a trainer has finished, and its lines of ``metrics.jsonl``."""
 
     @property
     def metrics_path(self) -> Path:
@@ -70,11 +73,14 @@ class RunRecords:
                 if (spec.name, period) in self._written or not path.exists():
                     continue
                 fresh.append(PeriodRecord.model_validate_json(path.read_text()))
+                rows: list[Row] = []
+                for entry in self._entries_of(spec, period):
+                    rows += lines(entry.state, period, entry.model, entry.variant, entry.seed, entry.train_rate)
                 with self.metrics_path.open("a") as file:
-                    for entry in self._entries_of(spec, period):
-                        for row in lines(entry.state, period, entry.model, entry.variant, entry.seed, entry.train_rate):
-                            file.write(json.dumps(row) + "\n")
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
                 self._written.add((spec.name, period))
+                if self.told is not None:
+                    self.told(spec, fresh[-1], rows)
         return fresh
 
     def _entries_of(self, spec: TrainerSpec, period: str) -> Iterator[Entry]:
@@ -143,10 +149,12 @@ class RunRecords:
                     found.append({"event": "trained", **record.dump()})
                     if period in arrived:
                         found[-1]["delay_s"] = round(max(0.0, path.stat().st_mtime - arrived[period]), 3)
-                    found += [
-                        {"event": "published", "model": model, "version": version, "period": period}
-                        for model, version in record.versions.items()
-                    ]
+                    for model, version in record.versions.items():
+                        found.append({"event": "published", "model": model, "version": version, "period": period})
+                        decided = self.tickets.get("promotion", model, version)
+                        if decided is not None:
+                            words = {"event": "promotion", "model": model, "version": version, "period": period}
+                            found.append({**decided, **words, "scored_on": decided["period"]})
         found += closing
         text = "".join(json.dumps(event) + "\n" for event in found).encode()
         write_whole(self.config.run_dir / "progress.jsonl", lambda file: file.write(text))

@@ -9,6 +9,7 @@ from typing import Any
 
 from rayfm.config import CapacityError, ConfigError
 from rayfm.data.cluster import cluster_resources
+from rayfm.operations.logs import environment
 from rayfm.pipeline.config import RayConfig
 from rayfm.quiet import QUIET_ENVIRONMENT, quiet_libraries
 
@@ -34,10 +35,11 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         raise ConfigError(
             "ray.nodes: the Ray that is started here has no node labels; give ray.address, or leave it out"
         )
+    variables = {**QUIET_ENVIRONMENT, **environment()}
     common: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": "ERROR",
-        "runtime_env": {"env_vars": QUIET_ENVIRONMENT, "worker_process_setup_hook": "rayfm.quiet.quiet_worker"},
+        "runtime_env": {"env_vars": variables, "worker_process_setup_hook": "rayfm.quiet.quiet_worker"},
     }
     try:
         if address:

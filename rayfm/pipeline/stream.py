@@ -7,6 +7,7 @@ the period tickets, so any of them can die and be started again.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import logging
 import time
@@ -20,20 +21,23 @@ from rayfm.data.cluster import cluster_resources
 from rayfm.data.prepare import missing_periods
 from rayfm.data.prepare import prepare as prepare_source
 from rayfm.data.sources.base import Source
+from rayfm.operations.logs import about, configure
 from rayfm.pipeline.capacity import check_capacity
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.pipeline.follow import Follower, FollowingTickets, Lag, lag_event
 from rayfm.pipeline.label_jobs import label
+from rayfm.pipeline.observers import Observers, observers
 from rayfm.pipeline.opening import open_run
 from rayfm.pipeline.plan import group_labels, periods_to_label, teacher_key
-from rayfm.pipeline.session import cluster_resources, own_cpus, ray_session
+from rayfm.pipeline.promotion import Guard
+from rayfm.pipeline.session import own_cpus, ray_session
 from rayfm.pipeline.state import RunState
 from rayfm.pipeline.stop import StopSignals
 from rayfm.pipeline.tickets import TrainerTickets
 from rayfm.pipeline.watch import Progress, Watch
 from rayfm.serving.application import start_teacher, stop_teacher
 from rayfm.serving.labelling import StoredLabels
-from rayfm.serving.teacher import TeacherServiceConfig
+from rayfm.serving.teacher import TeacherHere, TeacherServiceConfig
 from rayfm.training.follow import StopRequested
 from rayfm.training.period import PeriodRecord
 from rayfm.training.spec import TrainerSpec
@@ -157,7 +161,8 @@ class Pipeline(RunState):
         self, teacher: str, handle: Any, periods: tuple[str, ...] | None = None, timeout: float | None = None
     ) -> None:
         """Label periods in order through a teacher's service; see `rayfm.pipeline.label_jobs.label`."""
-        label(self, teacher, handle, periods, timeout)
+        guard = Guard(self, here=isinstance(handle, TeacherHere))
+        label(self, teacher, handle, periods, timeout, guard.teacher_version)
 
     def watch(self) -> Watch:
         """How far the parts are."""
@@ -193,14 +198,24 @@ class Pipeline(RunState):
         # Before anything is started: is what the store holds ours?
         if not self.follow or self.config.follow.prepare:
             missing_periods(self.source, self.config.schema_, self.store, self.config.data.lanes)
+        with observers(self) as told, about(run=self.config.name):
+            self._run(told, watch, stop)
+
+    def _run(
+        self, told: Observers, watch: Callable[[Watch], None] | None = None, stop: Callable[[], bool] | None = None
+    ) -> None:
         self.records.start()
+        self.records.told = told.period
+        looked = 0.0
         shown: dict[str, Lag] = {}
         written = 0.0
         parts: dict[Future[Any], str] = {}
-        with ThreadPoolExecutor(max_workers=2 + 2 * len(self.specs)) as pool:
+        guard = Guard(self)
+        with ThreadPoolExecutor(max_workers=2 + 3 * len(self.specs)) as pool:
 
             def start(name: str, work: Callable[..., Any], *arguments: Any) -> None:
-                parts[pool.submit(work, *arguments)] = name
+                # Each part's lines of the log say which run they are of, from its own thread.
+                parts[pool.submit(contextvars.copy_context().run, work, *arguments)] = name
 
             start("prepare", self._follow if self.follow else self.prepare)
             for spec in self.specs:
@@ -210,6 +225,8 @@ class Pipeline(RunState):
                     if f"labels of {teacher}" not in parts.values():
                         wanted = periods_to_label(self.config, self.periods, teacher)
                         start(f"labels of {teacher}", self.serve_and_label, teacher, wanted)
+            for spec in guard.specs():
+                start(f"promotion of {spec.name}", guard.watch, spec)
             failure: BaseException | None = None
             pending = set(parts)
             while pending:
@@ -224,12 +241,16 @@ class Pipeline(RunState):
                 for record in self.records.refresh():
                     self._collect(record)
                 behinds = self.lags()
+                if not pending or time.monotonic() - looked >= WRITE_EVERY_S:
+                    told.look(behinds)
+                    looked = time.monotonic()
                 if behinds != shown and time.monotonic() - written >= WRITE_EVERY_S:
                     self.write_events()
                     shown, written = behinds, time.monotonic()
                 self._warn()
                 if watch is not None:
                     watch(self.watch())
+        self.records.told = None
         if failure is not None:
             cause = self.tickets.failure()
             if isinstance(failure, RayfmError) and cause is not None and "stopped because" in str(failure):
@@ -297,6 +318,7 @@ def run(
         RayfmError: the first failure of any part, as one line.
     """
     started = time.perf_counter()
+    configure(config.logging)
     signals = StopSignals()
     with signals if follow else contextlib.nullcontext():
         pipeline = Pipeline(config, follow=follow, anew=overwrite)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rayfm.config.durable import write_whole
 from rayfm.report import cascade, sections
+from rayfm.report.operations import operations
 from rayfm.report.run import Run
 
 SECTIONS = (
@@ -14,6 +15,7 @@ SECTIONS = (
     sections.calibration,
     cascade.stages,
     sections.labels,
+    operations,
     sections.training,
     sections.data,
     sections.everything,
@@ -36,7 +38,8 @@ def write_report(run_dir: str | Path) -> Path:
         "tasks": ", ".join(task["name"] for task in run.summary.get("tasks", [])) or "none yet",
     }
     path = Path(run_dir) / "report.html"
-    write_page(path, run.name, facts, [build(run) for build in SECTIONS], run.config)
+    built = [build(run) for build in SECTIONS]
+    write_page(path, run.name, facts, [section for section in built if section.parts or section.empty], run.config)
     return path
 
 

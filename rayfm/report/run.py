@@ -25,6 +25,8 @@ class Run:
     """Lines of ``metrics.jsonl``; of lines for the same thing the last one (a resumed run repeats some)."""
     progress: list[Row]
     """Lines of ``progress.jsonl``, in order."""
+    alerts: list[Row] = dataclasses.field(default_factory=list)
+    """Lines of ``alerts.jsonl``, in order."""
 
     def events(self, kind: str, *key: str) -> list[Row]:
         """Events of one kind in order of their period; of those with equal ``key`` fields the last one."""
@@ -61,6 +63,7 @@ class Run:
             summary=summary,
             metrics=list(last.values()),
             progress=_json_lines(folder / "progress.jsonl"),
+            alerts=_json_lines(folder / "alerts.jsonl"),
         )
 
 

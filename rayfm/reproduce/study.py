@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from rayfm import __version__
 from rayfm.config import ConfigError, validate
 from rayfm.pipeline.config import PipelineConfig
+from rayfm.pipeline.opening import OPERATIONS
 from rayfm.reproduce.scope import Mapping, Scope
 
 NUMBERS = 2
@@ -154,7 +155,7 @@ def fingerprint(study: Study, scope: Scope, student: str, variant: str) -> str:
         if name in read:
             read |= set(config.teachers_read(config.teachers[name]))
     dump["teachers"] = {name: teacher for name, teacher in dump["teachers"].items() if name in read}
-    for key in ("ray", "serving", "runs", "storage", "label_store", "name", "select"):
+    for key in ("ray", "serving", "runs", "storage", "label_store", "name", "select", *OPERATIONS):
         dump.pop(key)
     dump["code"] = [__version__, NUMBERS]
     text = json.dumps(dump, sort_keys=True)

@@ -11,6 +11,7 @@ import torch
 from rayfm.client.wire import Scored
 from rayfm.config import CapacityError, Config, ConfigError
 from rayfm.data.cluster import cluster_resources
+from rayfm.operations.logs import configure
 from rayfm.serving.application import application_name, gang_config, start_teacher, teacher_handle
 from rayfm.serving.backend import ScoringBackend, Teacher
 from rayfm.serving.follow import item_follower, student_follower
@@ -54,6 +55,8 @@ class EndpointsPlan(Config):
     store: str | None = None
     """Folder of the example store, whose items are retrieved where no catalogue is named."""
     endpoints: EndpointsConfig = EndpointsConfig()
+    largest: tuple[float, float] = (0.0, 0.0)
+    """CPUs and GPUs that the cluster can grow to."""
 
     def near_line(self) -> dict[str, NearLineConfig]:
         """Teacher -> how rows that are posted are labelled; empty where none are taken."""
@@ -155,6 +158,7 @@ class EndpointsReplica:
     """
 
     def __init__(self, plan: dict[str, Any], token: TokenCheck) -> None:
+        configure()  # this process's log lines
         self.plan = EndpointsPlan.model_validate(plan)
         config = self.plan.endpoints
         torch.set_num_threads(config.threads)
@@ -208,14 +212,7 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
             or Ray has too few CPUs or GPUs.
     """
     config = plan.endpoints
-    check_bind(config, token, production)
-    for teacher in plan.teachers:
-        if teacher.members > 1:
-            gang_config(plan.service(teacher), teacher.gang())
-    if plan.near_line():
-        check_installed()
-    if config.grpc_port is not None:
-        _check_grpc()
+    check_plan(plan, token, production)
     from ray import serve
 
     check_room(plan, *cluster_resources())
@@ -229,6 +226,26 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
     )
     open_door(door, "--set endpoints.http_port=PORT")
     check_free(endpoints_name(plan.run), f"run {plan.run!r}")
+    bound = bind_endpoints(plan, token)
+    with all_or_nothing(_applications(plan)):
+        serve.run(bound, name=endpoints_name(plan.run), route_prefix="/")
+        # After what has a route: HAProxy does not report that it serves as long as nothing has one.
+        for teacher in plan.teachers:
+            start_teacher(_teachers_of(plan.run), teacher.name, plan.service(teacher), teacher)
+        for near_line in plan.near_line().values():
+            start_consumers(near_line)
+
+
+def bind_endpoints(plan: EndpointsPlan, token: str | None) -> Any:
+    """The Serve application of the endpoints, without what it asks: the teachers' services, near-line consumers.
+
+    Args:
+        plan: what to serve; checked already (`check_plan`).
+        token: the bearer token.
+    """
+    from ray import serve
+
+    config = plan.endpoints
     deployment: Any = serve.deployment(
         serve.ingress()(EndpointsReplica),
         name="Endpoints",
@@ -238,13 +255,24 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
         logging_config=QUIET,
         **config.options(),
     )
-    with all_or_nothing(_applications(plan)):
-        serve.run(deployment.bind(plan.dump(), TokenCheck(token)), name=endpoints_name(plan.run), route_prefix="/")
-        # After what has a route: HAProxy does not report that it serves as long as nothing has one.
-        for teacher in plan.teachers:
-            start_teacher(_teachers_of(plan.run), teacher.name, plan.service(teacher), teacher)
-        for near_line in plan.near_line().values():
-            start_consumers(near_line)
+    return deployment.bind(plan.dump(), TokenCheck(token))
+
+
+def check_plan(plan: EndpointsPlan, token: str | None, production: bool = False) -> None:
+    """Refuse what cannot be served as it is planned, before anything is deployed.
+
+    Raises:
+        ConfigError: others could reach the endpoints without a token; gRPC's code, or the packages that near-line
+            labels need, cannot be loaded; a teacher cannot be a gang as it is configured.
+    """
+    check_bind(plan.endpoints, token, production)
+    for teacher in plan.teachers:
+        if teacher.members > 1:
+            gang_config(plan.service(teacher), teacher.gang())
+    if plan.near_line():
+        check_installed()
+    if plan.endpoints.grpc_port is not None:
+        _check_grpc()
 
 
 def check_room(plan: EndpointsPlan, cpus: float, gpus: float = 0.0) -> None:

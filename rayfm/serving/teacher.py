@@ -23,6 +23,7 @@ from rayfm.export.served import ServedModel, export_model
 from rayfm.export.student import ExportedStudent
 from rayfm.labels.columns import REPRESENTATION
 from rayfm.models.base import MODELS, ModelConfig
+from rayfm.operations.logs import configure
 from rayfm.schema import Schema
 from rayfm.serving.http.codecs import Payload, check_finite, encode, reply_headers
 from rayfm.serving.http.config import LimitsConfig
@@ -177,6 +178,7 @@ class TeacherService:
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
+        configure()
         self.config = TeacherServiceConfig.model_validate(config)
         torch.set_num_threads(self.config.threads)
         self.store = SnapshotStore(self.config.root)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -19,9 +20,11 @@ import torch
 
 from rayfm.config import RayfmError, SnapshotError
 from rayfm.data.encode import EncodedChunk, Encoder
+from rayfm.operations.metrics import LOAD_FAILURES
 from rayfm.schema import EXAMPLE_ID, TRAFFIC
 from rayfm.serving.teacher import LoadedVersion, load_version
 from rayfm.snapshots.load import SnapshotStore
+from rayfm.snapshots.loader import record_swap
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +84,8 @@ def check_warm(version: str, predictions: Mapping[str, torch.Tensor]) -> None:
 
 
 class NewestFollower:
-    """Follows the newest complete version that a snapshot store has. A version that cannot be used is kept out.
+    """Follows the newest complete version that a snapshot store has. A version that cannot be used is kept out, and so
+    is one that the guard has refused or has not decided on.
 
     Args:
         store, model: whose versions.
@@ -116,16 +120,19 @@ class NewestFollower:
         for version in reversed(self.store.versions(self.model)):
             if self._current is not None and version <= self._current.version:
                 return False
-            if version in self._refused:
+            if version in self._refused or self.store.withheld(self.model, version):
                 continue
+            started = time.monotonic()
             try:
                 loaded = self._load(self.store, self.model, version)
                 warm(loaded)
             except Exception as error:
+                LOAD_FAILURES.add(1, run=self.store.root.name, model=self.model)
                 # Whatever is wrong with it, the old version goes on answering.
                 self._refused.add(version)
                 log.error("%s@%s is kept out: %s", self.model, version, error)
                 continue
+            record_swap(self.store, self.model, version, time.monotonic() - started)
             self._current = loaded
             return True
         return False

@@ -103,7 +103,8 @@ class Collector:
         """Tombstone every version than which ``keep`` newer ones stand, and that is neither current, held nor pinned.
 
         It deletes no file. A version that failed does not count as newer, whoever it failed for: it pushes out no
-        intact one. It goes itself when ``keep`` others do stand, and so never before an intact one in its place would.
+        intact one; nor does one that the guard withholds. It goes itself when ``keep`` others do stand, and so never
+        before an intact one in its place would.
 
         Any task may call it, at any time, in any number.
 
@@ -112,7 +113,7 @@ class Collector:
         """
         buried, pinned, failed = set(self.tombstones(model)), self.pins(model), refusals(self.metadata, model)
         living = [version for version in self.store.versions(model) if version not in buried]
-        intact = [version for version in living if version not in failed]
+        intact = [v for v in living if v not in failed and not self.store.withheld(model, v)]
         expired: list[str] = []
         if len(intact) < self.keep:
             return expired

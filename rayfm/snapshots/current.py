@@ -166,7 +166,7 @@ class Pointer:
     def older(self, current: Current) -> list[str]:
         """Versions that `current` may go back to, newest first; whether they are intact is not looked at."""
         out = given_up(self.metadata, self.model).union(self.collector.tombstones(self.model), current.left)
-        versions = self.collector.store.versions(self.model)
+        versions = self.collector.store.takeable(self.model)
         return [version for version in reversed(versions) if version < current.version and version not in out]
 
     def _older(self, current: Current) -> str:

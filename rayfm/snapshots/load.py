@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rayfm.config import SnapshotError
 from rayfm.snapshots.manifest import MANIFEST, SliceRecord, SnapshotManifest, check_name, file_sha256, version_dir
+from rayfm.snapshots.promotion import GUARDED, Promotion, read_promotion
 from rayfm.snapshots.publish import torch_dtype
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class SnapshotStore:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self._verified: set[Path] = set()
+        self._guarded: dict[tuple[str, str], bool] = {}
 
     def __repr__(self) -> str:
         return f"SnapshotStore({str(self.root)!r})"
@@ -39,6 +41,42 @@ class SnapshotStore:
     def latest(self, model: str) -> str | None:
         """The newest complete version, None where there is none."""
         return max(self.versions(model), default=None)
+
+    def promotion(self, model: str, version: str) -> Promotion | None:
+        """What was decided of a version, None where nothing was. Raises SnapshotError: it cannot be read."""
+        return read_promotion(self.folder(model, version))
+
+    def guarded(self, model: str, version: str) -> bool:
+        """Whether a version may be taken by itself only once it is promoted. Raises SnapshotError: as `manifest`."""
+        found = self._guarded.get((model, version))
+        if found is None:
+            found = self._guarded[model, version] = bool(self.manifest(model, version).extra.get(GUARDED, False))
+        return found
+
+    def withheld(self, model: str, version: str) -> bool:
+        """Whether nobody may take a version by itself: the guard has refused it, or not yet decided.
+
+        What cannot be read is not withheld here: whoever verifies the version finds out, and says so.
+        """
+        try:
+            promotion = self.promotion(model, version)
+        except SnapshotError:
+            return True
+        if promotion is not None:
+            return not promotion.promoted
+        try:
+            return self.guarded(model, version)
+        except SnapshotError:
+            return False
+
+    def takeable(self, model: str) -> list[str]:
+        """The versions that may be taken by themselves, oldest first: all but those that the guard withholds."""
+        return [version for version in self.versions(model) if not self.withheld(model, version)]
+
+    def newest(self, model: str) -> str | None:
+        """The newest version that may be taken by itself, None where there is none."""
+        found = (version for version in reversed(self.versions(model)) if not self.withheld(model, version))
+        return next(found, None)
 
     def folder(self, model: str, version: str) -> Path:
         """The folder of a version, which need not exist. Raises SnapshotError for a name that could leave it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import logging
 import threading
 import time
@@ -15,10 +16,12 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from rayfm.config import SnapshotError
+from rayfm.operations.metrics import LOAD_FAILURES, SERVED_PERIOD, SERVED_PUBLISHED, SWAP_SECONDS, SWAPS
 from rayfm.snapshots.collect import JOB, REPLICA, Collector
 from rayfm.snapshots.current import read_current
 from rayfm.snapshots.failures import record_failure, record_load
 from rayfm.snapshots.keeper import LeaseKeeper
+from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.metadata.base import Lease, StoreUnavailable
 from rayfm.snapshots.updater import LEASE_S, Updater
 
@@ -147,6 +150,7 @@ class Loader(Generic[T]):
     def _swap(self, version: str) -> bool:
         if self._failed is not None and self._failed[0] == version and time.monotonic() < self._failed[2]:
             return False
+        started = time.monotonic()
         try:
             held = self._held.get(version) or self._take(version)
         except StoreUnavailable:
@@ -157,9 +161,11 @@ class Loader(Generic[T]):
             self._failed = (version, failures, time.monotonic() + pause)
             self.failure = f"{self.model}@{version}: {error}"
             log.error("%s@%s cannot be loaded (next try in %.0f s): %s", self.model, version, pause, error)
+            LOAD_FAILURES.add(1, run=self.collector.store.root.name, model=self.model)
             if self._records:
                 self._record(version, f"{type(error).__name__}: {error}")
             return False
+        record_swap(self.collector.store, self.model, version, time.monotonic() - started)
         self._current, self._failed, self.failure = held, None, None
         held.used = time.monotonic()
         return True
@@ -221,6 +227,24 @@ class Loader(Generic[T]):
                 if self._unload is not None:
                     self._unload(held.value)
                 self._keeper.drop(held.lease)
+
+
+def record_swap(store: SnapshotStore, model: str, version: str, seconds: float) -> None:
+    """Tell the metrics that a version answers from now on, after ``seconds`` of loading beside the one before it."""
+    labels = {"run": store.root.name, "model": model}
+    SWAPS.add(1, **labels)
+    SWAP_SECONDS.observe(seconds, **labels)
+    with contextlib.suppress(SnapshotError, ValueError):
+        manifest = store.manifest(model, version)
+        SERVED_PUBLISHED.set(_seconds(manifest.created), **labels)
+        if manifest.trained_through is not None:
+            SERVED_PERIOD.set(_seconds(manifest.trained_through), **labels)
+
+
+def _seconds(text: str) -> float:
+    """Seconds since 1970 of an ISO time, in UTC unless it says otherwise. Raises ValueError where it is none."""
+    moment = datetime.datetime.fromisoformat(text)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
 
 
 class SnapshotFollower(Generic[T]):

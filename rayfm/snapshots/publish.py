@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import errno
 import json
 import os
 import uuid
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rayfm.config import Config, SnapshotError
-from rayfm.config.durable import sync_dir, sync_open
+from rayfm.config.durable import move_new, sync_dir, sync_open
 from rayfm.snapshots.manifest import (
     MANIFEST,
     FileRecord,
@@ -34,6 +33,7 @@ from rayfm.snapshots.manifest import (
     file_sha256,
     version_dir,
 )
+from rayfm.snapshots.promotion import PROMOTION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ class SnapshotWriter:
                 raise SnapshotError(f"{self._name()} stands with other content; publish under another version")
             manifest = standing
         for leftover in self.folder.iterdir():
-            if leftover.name != MANIFEST and leftover.name not in manifest.files:
+            if leftover.name not in (MANIFEST, PROMOTION) and leftover.name not in manifest.files:
                 leftover.unlink(missing_ok=True)  # of attempts that were killed
         return manifest
 
@@ -195,7 +195,7 @@ class SnapshotWriter:
                 file.write(json.dumps(manifest.dump(), indent=1).encode())
                 sync_open(file)
             try:
-                _move_new(temporary, path)
+                move_new(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
             sync_dir(self.folder)
@@ -214,19 +214,6 @@ def publish(root: str | Path, model: str, version: str, tensors: dict[str, Tenso
     """Publish whole tensors from one process. ``meta`` and errors as in `SnapshotWriter.commit`."""
     writer = SnapshotWriter(root, model, version)
     return writer.commit([writer.write(0, [TensorSlice.whole(*item) for item in tensors.items()])], **meta)
-
-
-def _move_new(source: Path, target: Path) -> None:
-    """Give ``source`` the name ``target``; FileExistsError where that stands already."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        # A mount without hard links: only rank 0 of one trainer commits a version, so looking first is enough.
-        if target.exists():
-            raise FileExistsError(target) from None
-        os.replace(source, target)
 
 
 def _record(item: TensorSlice) -> SliceRecord:

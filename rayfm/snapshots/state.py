@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from rayfm.config import SnapshotError
 from rayfm.snapshots.collect import Collector
 from rayfm.snapshots.current import TRIES, read_current, refusals
 from rayfm.snapshots.failures import load_failures, load_failures_of
+from rayfm.snapshots.promotion import GUARD
 
 
 def states(collector: Collector, model: str) -> dict[str, tuple[str, ...]]:
@@ -29,6 +31,10 @@ def states(collector: Collector, model: str) -> dict[str, tuple[str, ...]]:
     for version, failures in load_failures(metadata, model).items():
         if failures.loaders:
             say(version, f"failed to load {failures.times} times")
+    for version in versions:
+        words = guard_words(collector, model, version)
+        if words is not None:
+            say(version, words)
     for version in collector.tombstones(model):
         say(version, "being deleted")
     for version in collector.pins(model):
@@ -38,6 +44,19 @@ def states(collector: Collector, model: str) -> dict[str, tuple[str, ...]]:
         if holders:
             say(version, f"held by {holders}")
     return {version: tuple(words) for version, words in sorted(said.items())}
+
+
+def guard_words(collector: Collector, model: str, version: str) -> str | None:
+    """What the guard said of a version, in a few words; None where it is not guarded, or promoted by the guard."""
+    try:
+        promotion = collector.store.promotion(model, version)
+        if promotion is None:
+            return "waits for the guard" if collector.store.guarded(model, version) else None
+    except SnapshotError:
+        return "its decision cannot be read"
+    if not promotion.promoted:
+        return f"not promoted: {promotion.reason}"
+    return f"promoted by {promotion.by}" if promotion.by != GUARD else None
 
 
 def details(collector: Collector, model: str, version: str) -> list[str]:
@@ -58,9 +77,23 @@ def details(collector: Collector, model: str, version: str) -> list[str]:
     failures = load_failures_of(metadata, model, version)
     for who, failure in failures.loaders.items() if failures is not None else ():
         lines.append(f"failed to load {failure.times} times for {who}: {failure.reason}")
+    lines += _guard_lines(collector, model, version)
     if version in (kept := collector.pins(model)):
         lines.append(f"kept: {kept[version]}")
     if version in collector.tombstones(model):
         lines.append("being deleted")
     lines += [f"held by {lease.owner} (lease {lease.token})" for lease in collector.holders(model, version)]
     return lines
+
+
+def _guard_lines(collector: Collector, model: str, version: str) -> list[str]:
+    try:
+        promotion = collector.store.promotion(model, version)
+    except SnapshotError as error:
+        return [str(error)]
+    if promotion is None:
+        return ["waits for the guard"] if collector.store.guarded(model, version) else []
+    on = f", scored on {promotion.rows:,} rows of {promotion.period}" if promotion.period else ""
+    beside = f" beside {promotion.predecessor}" if promotion.predecessor else ""
+    lines = [f"{promotion.decision} by {promotion.by}{on}{beside}: {promotion.reason}"]
+    return lines + [f"  {figure}" for figure in promotion.figures]

@@ -41,6 +41,8 @@ OTHERS_FIRST = 1.25
 class Updater:
     """Moves `current` of one model to the newest intact version, and back from one that no replica can load.
 
+    A version that the guard has refused, or has not decided on, is passed over (`rayfm.snapshots.promotion`).
+
     A version whose files differ from its manifest is not taken: the failure is recorded in the metadata store, nobody
     tries it for a while, and once it failed for `TRIES` updaters, in pauses that grow, all leave it (a file system may
     fail for a moment, or on one machine alone). A version that ``check`` refuses is passed over by this updater alone:
@@ -105,7 +107,8 @@ class Updater:
         if not newer:
             return []
         out = self._left_alone().union(self.collector.tombstones(self.model))
-        return [version for version in reversed(newer) if version not in out]
+        left = [version for version in reversed(newer) if version not in out]
+        return [version for version in left if not self.store.withheld(self.model, version)]
 
     def _left_alone(self) -> set[str]:
         """Versions that this updater does not try now."""

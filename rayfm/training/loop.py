@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from rayfm.data.reader import Reader
 from rayfm.data.store import ExampleStore, write_json_atomic
 from rayfm.export.calibration import Fits
 from rayfm.metrics import RateCounter, bootstrap_weights
+from rayfm.operations.logs import about
 from rayfm.training.agree import agree
 from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor
 from rayfm.training.columns import check_logged, check_requests
@@ -36,6 +38,7 @@ from rayfm.training.schedule import Schedule
 from rayfm.training.scoring import PeriodScores
 from rayfm.training.spec import Coordinator, LabelSource, PinnedLabels, TrainerSpec
 from rayfm.training.stepping import Stepping
+from rayfm.training.telemetry import LoopMetrics
 
 AnswerT = TypeVar("AnswerT")
 
@@ -85,6 +88,7 @@ class TrainingLoop:
         self.steps_done = {learner.config.key: 0 for learner in self.learners}
         self.calibration: dict[str, Fits] = {}
         self._last_progress = 0.0
+        self.metrics = LoopMetrics(Path(spec.run_dir).name, spec.name)
         self._following = Following(coordinator, self._agree) if spec.follow else None
 
     def run(self) -> None:
@@ -106,8 +110,10 @@ class TrainingLoop:
             self._finish(first - 1, state.partial)
         for index in self._places(first):
             try:
-                self._period(index, state if under_way and index == first else None)
+                with about(period=self.spec.periods[index]):
+                    self._period(index, state if under_way and index == first else None)
             finally:
+                self.metrics.flush()
                 if self.label_source is not None:
                     self.label_source.release()  # the period's readers are done, or nobody goes on with them
 
@@ -132,6 +138,7 @@ class TrainingLoop:
         """Predict, train, checkpoint, publish one period; or go on with one that ``resumed`` was in the middle of."""
         period = self.spec.periods[index]
         parts, started = PeriodParts(), time.perf_counter()
+        self.metrics.begin(lambda: self._seconds(parts))
         with parts.timed("wait"):
             self._agree(lambda: self.coordinator.wait_prepared(period))
         self.store.check_schema(period, self.spec.schema_)
@@ -192,6 +199,7 @@ class TrainingLoop:
         steps = reader.steps(period)
         for step, cpu_batch in enumerate(parts.iterate(reader.batches(period))):
             self._report(period, step, steps, "predict")
+            self.metrics.count("predict", len(cpu_batch))
             if self._stops():
                 raise StopRequested  # the period is predicted from its start when the run goes on
             copies = bootstrap_weights(cpu_batch.user, self.spec.replicates) if self.spec.replicates else None
@@ -229,6 +237,7 @@ class TrainingLoop:
         with self.stepping.steppers(feed) as steppers:
             for step, (cpu_batch, batch) in enumerate(feed, start):
                 self._report(period, step, steps, "train")
+                self.metrics.count("train", len(cpu_batch))
                 self._count(cpu_batch, partial)
                 for learner, stepper in steppers:
                     try:
@@ -250,6 +259,14 @@ class TrainingLoop:
                 parts.add(part, seconds)
             learner.clock = type(learner.clock)()
         return int(sum_over_ranks(torch.tensor(partial["examples"]), self.device))
+
+    def _seconds(self, parts: PeriodParts) -> dict[str, float]:
+        """Seconds of the period under way by part, the learners' own included."""
+        seconds = dict(parts.seconds)
+        for learner in self.learners:
+            for part, value in vars(learner.clock).items():
+                seconds[part] = seconds.get(part, 0.0) + value
+        return seconds
 
     def _count(self, batch: Batch, partial: dict[str, Any]) -> None:
         """Count a step's rows."""

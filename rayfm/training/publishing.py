@@ -14,6 +14,7 @@ from rayfm.export.calibrator import Calibrator
 from rayfm.export.served import CALIBRATOR_PREFIX
 from rayfm.snapshots.load import SnapshotStore
 from rayfm.snapshots.manifest import FileRecord, version_id
+from rayfm.snapshots.promotion import GUARDED
 from rayfm.snapshots.publish import SnapshotWriter, TensorSlice
 from rayfm.training.export_check import CHECKED_ROWS, check_draft, first_step, trained_rows
 from rayfm.training.ids import Vocabularies
@@ -99,6 +100,8 @@ class Publisher:
                 "example_schema": spec.schema_.dump(),
                 "tasks": config.tasks,
             }
+            if spec.guarded:
+                meta["extra"] = {GUARDED: True}
             others: dict[str, FileRecord] = {}
             if rows is not None and spec.export_tolerance is not None:
                 check, others = check_draft(writer, writer.draft(files, **meta), learner, rows, spec.export_tolerance)

@@ -38,6 +38,8 @@ class TrainerSpec(Config):
     export_tolerance: Tolerance | None = Tolerance()
     """How far the exported form of a student may be from what was trained; a version beyond it is not published. None:
     students are published unchecked."""
+    guarded: bool = False
+    """Whether what is published waits for the guard's decision before anybody takes it by itself."""
     store: str
     """Root of the example store."""
     run_dir: str

@@ -6,6 +6,7 @@ Imports nothing heavy before it runs: Ray Train's controller, a process of its o
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 from rayfm.config import RayfmError
@@ -20,14 +21,17 @@ def work(arguments: dict[str, Any]) -> None:
     """
     import torch.distributed as dist
 
+    from rayfm.operations.logs import about, configure
     from rayfm.training.loop import TrainingLoop
     from rayfm.training.progress import progress_file
 
     spec, coordinator, label_source = pickle.loads(arguments["parts"])
     if coordinator.stopped():
         return  # the run failed for a reason that a restart of the workers does not mend
+    configure()
     try:
-        TrainingLoop(spec, coordinator, label_source, progress_file(spec)).run()
+        with about(run=Path(spec.run_dir).name, role=spec.role, trainer=spec.name):
+            TrainingLoop(spec, coordinator, label_source, progress_file(spec)).run()
     except RayfmError as error:
         coordinator.failed(str(error))
         if dist.get_world_size() > 1:

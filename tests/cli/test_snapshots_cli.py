@@ -179,3 +179,21 @@ def test_a_run_that_is_not_there_is_said_plainly(tmp_path, rayfm):
     for command in (("pin", MODEL, "v1"), ("gc", MODEL), ("list",), ("unpin", MODEL)):
         assert "is not a run's folder" in rayfm(command[0], tmp_path / "nowhere", *command[1:], fails=True)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_guarded_version_waits_until_the_guard_or_people_promote_it(rayfm, tmp_path):
+    folder = tmp_path / "guarded"
+    publish(folder, MODEL, VERSIONS[0], {"w": torch.ones(2)}, trained_through="2024-01-01")
+    publish(folder, MODEL, VERSIONS[1], {"w": torch.ones(2)}, trained_through="2024-01-02", extra={"guarded": True})
+    store = SQLiteMetadataStore(metadata_path(folder))
+    updater = Updater(Collector(SnapshotStore(folder), store), MODEL, "test")
+    updater.step()
+    assert read_current(store, MODEL).version == VERSIONS[0]
+    assert "waits for the guard" in rayfm("list", folder).stdout
+    assert "is promoted" in rayfm("promote", folder, MODEL, VERSIONS[1], "--reason", "looked at it").stdout
+    updater.step()
+    assert read_current(store, MODEL).version == VERSIONS[1]
+    shown = rayfm("show", folder, MODEL, VERSIONS[1])
+    assert "looked at it" in shown.stderr
+    assert "promoted by" in rayfm("list", folder).stdout
+    assert "not published" in rayfm("promote", folder, MODEL, VERSIONS[2], fails=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 
 from rayfm.operations import metrics
 from rayfm.operations.metrics import ALERT, COVERAGE, EXAMPLES, METRICS, SWAP_SECONDS, capture
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_names_follow_prometheus_and_are_unique():
@@ -22,6 +25,13 @@ def test_names_follow_prometheus_and_are_unique():
         assert metric.labels[0] == "run"
         assert "period" not in metric.labels, "a series a period has no end"
         assert metric.help.endswith(".") or ": " in metric.help, metric.name
+
+
+def test_the_file_that_is_named_as_source_records_the_metric():
+    constants = {value.name: name for name, value in vars(metrics).items() if isinstance(value, metrics.Metric)}
+    for metric in METRICS:
+        path = ROOT / metric.source.partition(":")[0]
+        assert re.search(rf"\b{constants[metric.name]}\b", path.read_text()), f"{path} does not record {metric.name}"
 
 
 def test_a_counter_adds_up_a_gauge_keeps_the_last_a_histogram_lists():

@@ -1,10 +1,9 @@
-"""The main job, whole: it runs, is killed, goes on, and refuses what does not fit."""
+"""The main job, whole: it runs, and refuses what does not fit. One that is killed and goes on is in `test_job_submit`."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_head import running_head
-from run_config import small_pipeline, write_config
+from run_config import metric_lines, small_pipeline, write_config
 from typer.testing import CliRunner
 
 from rayfm.cli.main import app
@@ -39,16 +37,6 @@ def rayfm(
         check=False,
         cwd=cwd,
     )
-
-
-def metric_lines(run_dir: Path) -> dict[tuple, float]:
-    found = {}
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        key = tuple(row[name] for name in ("period", "model", "variant", "seed", "traffic", "kind", "task", "metric"))
-        assert key not in found, f"{key} stands twice"
-        found[key] = row["value"]
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -123,42 +111,6 @@ def test_a_run_is_not_overwritten_by_accident(unbroken: tuple[Path, str], monkey
     monkeypatch.chdir(folder)
     with pytest.raises(ConfigError, match=r"--resume .*--overwrite"):
         run(load_config("small.yaml"))
-
-
-@pytest.mark.timeout(700)
-@pytest.mark.usefixtures("unbroken")
-def test_a_killed_run_submitted_as_a_job_ends_with_the_same_metrics(unbroken: tuple[Path, str], tmp_path: Path) -> None:
-    """SIGKILL of the whole run once the students are in their second period; a cluster's job takes it up."""
-    folder, _ = unbroken
-    path = write_config(tmp_path, small_pipeline(tmp_path, seeds=[9]))
-    seeds = "seeds=[1]"  # of the run that was not broken: where they do not reach the job, it refuses to go on
-    run_dir = tmp_path / "runs" / "small"
-    process = subprocess.Popen(
-        [*RAYFM, "run", str(path), "--set", seeds],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    marker = run_dir / "trainers" / "students" / "periods" / "2025-01-02.json"
-    deadline = time.monotonic() + 240
-    while not marker.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "the students never finished their second period"
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (run_dir / "summary.json").exists()
-    with running_head(tmp_path) as head:
-        result = head.submit(str(path), seeds)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "succeeded" in result.stdout
-    assert "train students 4/4" in " ".join(result.stdout.split())
-    assert f"{run_dir / 'report.html'}" in result.stdout
-    ours, theirs = metric_lines(run_dir), metric_lines(folder / "runs" / "small")
-    assert ours.keys() == theirs.keys()
-    for key, value in theirs.items():
-        assert ours[key] == (None if value is None else pytest.approx(value, rel=1e-5, abs=1e-7)), key
 
 
 @pytest.mark.usefixtures("ray_session")

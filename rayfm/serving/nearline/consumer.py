@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from ray import serve
 from ray.serve.task_consumer import task_handler
 
 from rayfm.config import CapacityError, DataError
+from rayfm.operations.metrics import NEARLINE_DEAD, NEARLINE_OLDEST, NEARLINE_QUEUED, NEARLINE_REJECTED
 from rayfm.serving.nearline.batcher import Batcher
 from rayfm.serving.nearline.config import NearLineConfig
 from rayfm.serving.nearline.doorbell import TASK, Doorbell, sweep
@@ -27,6 +29,8 @@ from rayfm.serving.nearline.tickets import check_ticket
 from rayfm.snapshots.load import SnapshotStore
 
 logger = logging.getLogger(__name__)
+
+TELL_S = 10.0
 
 
 class NotLabelled(Exception):
@@ -58,6 +62,7 @@ class NearLineConsumer:
         self._in_hand = InHand()
         self._last_delivery = time.monotonic()
         self._starved_since: float | None = None
+        self._next_tell = 0.0
         self._stop = threading.Event()
         self._sweeper = threading.Thread(target=self._watch, name="rayfm-nearline-sweep", daemon=True)
         self._sweeper.start()
@@ -140,6 +145,7 @@ class NearLineConsumer:
                     self.spool.touch(ticket)
                 if self._holds is not None:
                     self._holds.only(self.spool.versions())
+                self._tell()
                 self._starved_since = None if self.doorbell.waiting() == 0 else self._starved_since or time.monotonic()
                 sweep(self.spool, self.doorbell, self.config, in_hand=self._in_hand.tickets())
             except CapacityError as error:  # Redis is down, which another consumer would not change
@@ -147,6 +153,19 @@ class NearLineConsumer:
                 logger.warning("%s", error)
             except Exception:
                 logger.exception("sweeping failed")
+
+    def _tell(self) -> None:
+        """Tell the metrics how far behind the labels are, at most every ten seconds: it lists folders."""
+        now = time.monotonic()
+        if now < self._next_tell:
+            return
+        self._next_tell = now + TELL_S
+        labels = {"run": Path(self.config.root).name, "teacher": self.config.teacher}
+        backlog = self.spool.backlog()
+        NEARLINE_QUEUED.set(backlog.waiting, **labels)
+        NEARLINE_OLDEST.set(backlog.oldest_s, **labels)
+        NEARLINE_DEAD.set(backlog.dead_letters, **labels)
+        NEARLINE_REJECTED.set(backlog.rejected_rows, **labels)
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):

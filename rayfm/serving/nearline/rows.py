@@ -105,7 +105,7 @@ class Versions:
 
     def _look(self) -> str | None:
         current = None if self._metadata is None else read_current(self._metadata, self._model)
-        return self._store.latest(self._model) if current is None else current.version
+        return self._store.newest(self._model) if current is None else current.version
 
     def get(self, version: str) -> TeacherVersion:
         """A version by its name. Raises SnapshotError where it is not published, or gone."""
