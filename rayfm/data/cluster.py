@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 
-def cluster_resources() -> tuple[float, float]:
-    """CPUs and GPUs of the whole cluster; of one with an autoscaler, what it has at its largest."""
+def cluster_resources(largest: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:
+    """CPUs and GPUs of the whole cluster.
+
+    Args:
+        largest: what an autoscaler could make of it, where that is more.
+    """
     import ray
-    from ray._private.state import state
 
     now = ray.cluster_resources()
-    largest = state.get_max_resources_from_cluster_config() or {}
-    cpus, gpus = (max(float(now.get(unit, 0.0)), float(largest.get(unit, 0.0))) for unit in ("CPU", "GPU"))
-    return cpus, gpus
+    return max(float(now.get("CPU", 0.0)), largest[0]), max(float(now.get("GPU", 0.0)), largest[1])

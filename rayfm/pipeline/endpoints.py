@@ -101,6 +101,7 @@ def plan_endpoints(config: PipelineConfig) -> Any:
         ),
         store=str(Path(config.storage).absolute()),
         endpoints=endpoints,
+        largest=config.ray.largest,
     )
 
 

@@ -194,7 +194,7 @@ class Pipeline(RunState):
         Raises:
             RayfmError: the first failure of any part.
         """
-        check_capacity(self.config, *cluster_resources())
+        check_capacity(self.config, *cluster_resources(self.config.ray.largest))
         # Before anything is started: is what the store holds ours?
         if not self.follow or self.config.follow.prepare:
             missing_periods(self.source, self.config.schema_, self.store, self.config.data.lanes)

@@ -239,7 +239,7 @@ class Study:
             folder=str(self.trials),
             labels=self.labels(),
         )
-        at_once = self._at_once(*cluster_resources())
+        at_once = self._at_once(*cluster_resources(self.config.ray.largest))
         points = [record.data["sampled"] for record in records]
         every = self.combinations()
         if every is not None:

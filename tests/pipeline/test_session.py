@@ -30,6 +30,5 @@ def test_nodes_are_those_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_cluster_that_grows_has_what_it_has_at_its_largest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0, "memory": 1.0})
-    for largest, wanted in ((None, (4, 2)), ({"CPU": 64, "memory": 9}, (64, 2)), ({"CPU": 1, "GPU": 8}, (4, 8))):
-        monkeypatch.setattr("ray._private.state.state.get_max_resources_from_cluster_config", lambda: largest)  # noqa: B023
-        assert cluster.cluster_resources() == wanted
+    for config, wanted in (({}, (4, 2)), ({"max_cpus": 64}, (64, 2)), ({"max_cpus": 1, "max_gpus": 8}, (4, 8))):
+        assert cluster.cluster_resources(RayConfig(**config).largest) == wanted

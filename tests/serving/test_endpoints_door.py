@@ -75,7 +75,7 @@ class Serve:
         patch.setattr(proxies, "check_port", lambda host, port, option="": self.tried.append((host, port)))
         for name in ("start", "run", "status", "delete"):
             patch.setattr(f"ray.serve.{name}", getattr(self, name))
-        patch.setattr("rayfm.serving.endpoints.cluster_resources", lambda: (8.0, 0.0))
+        patch.setattr("rayfm.serving.endpoints.cluster_resources", lambda largest: (8.0, 0.0))
         return self
 
 
