@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,14 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
     path = folder / f"{config['name']}.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
+
+
+def metric_lines(run_dir: Path) -> dict[tuple[Any, ...], float | None]:
+    """A run's metrics: (period, model, variant, seed, traffic, kind, task, metric) -> value."""
+    found: dict[tuple[Any, ...], float | None] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        key = tuple(row[name] for name in ("period", "model", "variant", "seed", "traffic", "kind", "task", "metric"))
+        assert key not in found, f"{key} stands twice"
+        found[key] = row["value"]
+    return found

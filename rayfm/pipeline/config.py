@@ -189,6 +189,15 @@ class RayConfig(Config):
     """Size of the object store of the Ray that is started here."""
     nodes: NodesConfig = NodesConfig()
     """Labels of a cluster's nodes for each kind of work."""
+    max_cpus: float = Field(0.0, ge=0)
+    max_gpus: float = Field(0.0, ge=0)
+    """What an autoscaler makes of the cluster at most: a plan has to fit into that, not into what runs at the start.
+    Ray does not say by itself."""
+
+    @property
+    def largest(self) -> tuple[float, float]:
+        """CPUs and GPUs of the cluster at its largest, as far as the config says."""
+        return self.max_cpus, self.max_gpus
 
 
 class PipelineConfig(Config):
@@ -221,6 +230,14 @@ class PipelineConfig(Config):
     serving: ServingConfig = ServingConfig()
     endpoints: EndpointsConfig = EndpointsConfig()
     """What `rayfm serve` starts; a run does not read it."""
+    promotion: PromotionConfig | None = None
+    """When a published version may be served; by default the newest is, however good it is."""
+    alerts: AlertsConfig = AlertsConfig()
+    """Bars that each period of a run is held against."""
+    logging: LoggingConfig = LoggingConfig()
+    """How log lines look."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where a run's scalars go besides its folder: TensorBoard, MLflow."""
     ray: RayConfig = RayConfig()
     follow: FollowConfig = FollowConfig()
     """How `rayfm run CONFIG --follow` looks for new periods."""
@@ -230,14 +247,6 @@ class PipelineConfig(Config):
     """What `rayfm select` does; a run does not read it."""
 
     @property
-    promotion: PromotionConfig | None = None
-    """When a published version may be served; by default the newest is, however good it is."""
-    alerts: AlertsConfig = AlertsConfig()
-    """Bars that each period of a run is held against."""
-    logging: LoggingConfig = LoggingConfig()
-    """How log lines look."""
-    tracking: TrackingConfig = TrackingConfig()
-    """Where a run's scalars go besides its folder: TensorBoard, MLflow."""
     def run_dir(self) -> Path:
         return Path(self.runs) / self.name
 
@@ -310,6 +319,7 @@ class PipelineConfig(Config):
                 raise ValueError(f"{name}: 'histories' are for students")
         self._check_chain()
         self._check_histories()
+        self._check_promotion()
         trainings = [(f"teacher {name}", teacher.training) for name, teacher in self.teachers.items()]
         for name, training in [*trainings, *((f"group {name}", group) for name, group in self.groups.items())]:
             self._check_training(name, training)
@@ -319,7 +329,6 @@ class PipelineConfig(Config):
                 if training.sharding_of(table, self.schema_.tables[table].rows) == "data_parallel":
                     raise ValueError(
                         f"{name}: table {table!r} is read item by item by a sequence, and such a table cannot be "
-        self._check_promotion()
                         "replicated, as optimiser adam needs; give it another one in 'table_overrides'"
                     )
         return self
@@ -374,15 +383,6 @@ class PipelineConfig(Config):
                         "a key, so give both the same decay, positives_of and width"
                     )
 
-    def _check_training(self, owner: str, training: TrainingConfig) -> None:
-        for table in (*training.table_overrides, *training.sharding_overrides):
-            if table not in self.schema_.tables:
-                known = nearest(table, list(self.schema_.tables))
-                raise ValueError(f"{owner}: override for table {table!r}, which is not in the schema{known}")
-        lanes = self.data.lanes
-        for key, size in (("batch_size", training.batch_size), ("predict_batch_size", training.predict_batch_size)):
-            if size % lanes:
-                nearby = max(1, size // lanes) * lanes
     def _check_promotion(self) -> None:
         if self.promotion is None:
             return
@@ -400,6 +400,15 @@ class PipelineConfig(Config):
         if "teachers" in self.promotion.roles and not self.teachers:
             raise ValueError("promotion: roles names teachers, and there are none; leave it out")
 
+    def _check_training(self, owner: str, training: TrainingConfig) -> None:
+        for table in (*training.table_overrides, *training.sharding_overrides):
+            if table not in self.schema_.tables:
+                known = nearest(table, list(self.schema_.tables))
+                raise ValueError(f"{owner}: override for table {table!r}, which is not in the schema{known}")
+        lanes = self.data.lanes
+        for key, size in (("batch_size", training.batch_size), ("predict_batch_size", training.predict_batch_size)):
+            if size % lanes:
+                nearby = max(1, size // lanes) * lanes
                 raise ValueError(f"{owner}: {key} {size} is not a multiple of data.lanes {lanes}; take {nearby}")
 
     def _check_objectives(

@@ -215,7 +215,7 @@ def start_endpoints(plan: EndpointsPlan, token: str | None, production: bool = F
     check_plan(plan, token, production)
     from ray import serve
 
-    check_room(plan, *cluster_resources())
+    check_room(plan, *cluster_resources(plan.largest))
 
     door = Door(
         config.host,
