@@ -57,8 +57,12 @@ def _chosen(wanted: tuple[str, ...] | None, known: dict[str, str], published: se
     return tuple(name for name, model in known.items() if model in published) if wanted is None else wanted
 
 
-def plan_endpoints(config: PipelineConfig) -> Any:
+def plan_endpoints(config: PipelineConfig, before_run: bool = False) -> Any:
     """What to serve: an `EndpointsPlan`.
+
+    Args:
+        config: the pipeline's.
+        before_run: whether the run need not stand yet.
 
     Raises:
         ConfigError: a student or teacher is not the run's, there is no run, or it has published nothing.
@@ -67,7 +71,7 @@ def plan_endpoints(config: PipelineConfig) -> Any:
     from rayfm.snapshots.load import SnapshotStore
 
     root = Path(config.runs).absolute() / config.name
-    if not root.is_dir():
+    if not before_run and not root.is_dir():
         raise ConfigError(f"{root}: there is no such run; `rayfm run` makes it")
     endpoints, serving = config.endpoints, config.serving
     published = set(SnapshotStore(root).models())

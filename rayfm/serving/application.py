@@ -51,25 +51,35 @@ def start_teacher(
         CapacityError: the port is in use, or Ray Serve runs already and listens elsewhere.
         ConfigError: a gang that cannot be.
     """
-    replicas = replicas or Replicas()
-    gang = gang_config(config, replicas.gang(), http_port) if replicas.members > 1 else None
+    if replicas is not None and replicas.members > 1:
+        gang_config(config, replicas.gang(), http_port)
     from ray import serve
 
     name = application_name(run, teacher)
     with _DEPLOYING:
         open_door(None if http_port is None else Door(LOOPBACK, http_port))
-        service: Any = TeacherService
-        options: dict[str, Any] = {**replicas.options(), **replicas.placement()}
-        if gang is not None:
-            from rayfm.serving.gang.service import GangTeacherService
-
-            service = GangTeacherService
-            options["health_check_period_s"] = GANG_HEALTH_S
-        deployment: Any = serve.deployment(
-            service, name="TeacherService", max_ongoing_requests=MAX_ONGOING, logging_config=QUIET, **options
+        return serve.run(
+            bind_teacher(config, replicas, http_port), name=name, route_prefix=None if http_port is None else f"/{name}"
         )
-        application = deployment.bind((gang or config).dump())
-        return serve.run(application, name=name, route_prefix=None if http_port is None else f"/{name}")
+
+
+def bind_teacher(config: TeacherServiceConfig, replicas: Replicas | None = None, http_port: int | None = None) -> Any:
+    """The Serve application of a teacher service; arguments and errors as of `start_teacher`."""
+    replicas = replicas or Replicas()
+    gang = gang_config(config, replicas.gang(), http_port) if replicas.members > 1 else None
+    from ray import serve
+
+    service: Any = TeacherService
+    options: dict[str, Any] = {**replicas.options(), **replicas.placement()}
+    if gang is not None:
+        from rayfm.serving.gang.service import GangTeacherService
+
+        service = GangTeacherService
+        options["health_check_period_s"] = GANG_HEALTH_S
+    deployment: Any = serve.deployment(
+        service, name="TeacherService", max_ongoing_requests=MAX_ONGOING, logging_config=QUIET, **options
+    )
+    return deployment.bind((gang or config).dump())
 
 
 def gang_config(config: TeacherServiceConfig, gang: dict[str, Any], http_port: int | None = None) -> GangConfig:

@@ -63,7 +63,7 @@ def autoscaling(config: NearLineConfig) -> dict[str, Any]:
             policy=AutoscalingPolicy(
                 policy_function=AsyncInferenceAutoscalingPolicy,
                 policy_kwargs={
-                    "broker_url": config.redis,
+                    "broker_url": config.broker,
                     "queue_name": config.queue,
                     "poll_interval_s": consumer.poll_s,
                 },
@@ -80,27 +80,33 @@ def start_consumers(config: NearLineConfig, score: Score | None = None) -> Any:
         score: asks the teacher; by default its service.
     """
     from ray import serve
+
+    with _DEPLOYING:
+        open_door(None)
+        return serve.run(bind_consumers(config, score), name=consumer_name(config), route_prefix=None)
+
+
+def bind_consumers(config: NearLineConfig, score: Score | None = None) -> Any:
+    """The Serve application of a teacher's consumers; arguments as of `start_consumers`."""
+    from ray import serve
     from ray.serve.task_consumer import task_consumer
 
     # Not above: it imports ray.serve, which reads its environment then, and `rayfm serve --production` sets that late.
     from rayfm.serving.nearline.consumer import NearLineConsumer
 
     consumer = config.consumer
-    with _DEPLOYING:
-        open_door(None)
-        deployment: Any = serve.deployment(
-            task_consumer(task_processor_config=task_processor(config))(NearLineConsumer),
-            name="NearLineConsumer",
-            max_ongoing_requests=consumer.tickets,  # Celery's threads
-            health_check_period_s=consumer.health_s,
-            health_check_timeout_s=max(10.0, consumer.health_s),
-            graceful_shutdown_timeout_s=10.0,
-            ray_actor_options={"num_cpus": consumer.cpus, **selector(consumer.nodes)},
-            logging_config=QUIET,
-            **autoscaling(config),
-        )
-        service = application_name(config.run, config.teacher)
-        return serve.run(deployment.bind(config.dump(), service, score), name=consumer_name(config), route_prefix=None)
+    deployment: Any = serve.deployment(
+        task_consumer(task_processor_config=task_processor(config))(NearLineConsumer),
+        name="NearLineConsumer",
+        max_ongoing_requests=consumer.tickets,  # Celery's threads
+        health_check_period_s=consumer.health_s,
+        health_check_timeout_s=max(10.0, consumer.health_s),
+        graceful_shutdown_timeout_s=10.0,
+        ray_actor_options={"num_cpus": consumer.cpus, **selector(consumer.nodes)},
+        logging_config=QUIET,
+        **autoscaling(config),
+    )
+    return deployment.bind(config.dump(), application_name(config.run, config.teacher), score)
 
 
 def start_intake(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +16,9 @@ from rayfm.snapshots.manifest import check_name
 from rayfm.snapshots.metadata.url import FORMS
 
 BROKERS = ("redis", "rediss")
+
+REDIS_PASSWORD = "RAYFM_REDIS_PASSWORD"
+"""Environment variable of Redis' password, so that no config holds it."""
 
 
 class PostLimitsConfig(Config):
@@ -121,7 +125,8 @@ class NearLineOptions(Config):
     """How posted rows are labelled, whatever the teacher."""
 
     redis: str = "redis://127.0.0.1:6379/0"
-    """The queue. What is accepted does not depend on it: it may lose everything."""
+    """The queue. What is accepted does not depend on it: it may lose everything. Where the URL has no password, that of
+    the environment variable ``RAYFM_REDIS_PASSWORD`` is taken, if there is one."""
 
     period: PeriodLength = "day"
     """How long the teacher's periods are: names the label table's partitions, and decides what a leak is."""
@@ -142,6 +147,15 @@ class NearLineOptions(Config):
         if parts.scheme not in BROKERS or not parts.hostname:
             raise ValueError(f"{url!r} is no Redis; write redis://HOST:PORT/NUMBER (or rediss:// for TLS)")
         return url
+
+    @property
+    def broker(self) -> str:
+        """``redis`` with the password of this process' environment, where it has none of its own."""
+        parts, password = urlsplit(self.redis), os.environ.get(REDIS_PASSWORD)
+        if not password or parts.password:
+            return self.redis
+        place = parts.netloc.rpartition("@")[2]
+        return parts._replace(netloc=f"{parts.username or ''}:{quote(password, safe='')}@{place}").geturl()
 
     @property
     def hold_s(self) -> float:

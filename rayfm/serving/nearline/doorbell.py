@@ -48,7 +48,7 @@ def task_processor(config: NearLineConfig) -> Any:
     return TaskProcessorConfig(
         queue_name=config.queue,
         adapter_config=CeleryAdapterConfig(
-            broker_url=config.redis,
+            broker_url=config.broker,
             # Results are files of the spool. The adapter asks the backend after each send; this one asks nobody.
             backend_url="cache+memory://",
             task_custom_config={"ignore_result": True, "retry_backoff_max": max(1, int(config.consumer.sweep_s / 2))},
@@ -97,7 +97,7 @@ class Doorbell:
         self._adapter: Any = CeleryTaskProcessorAdapter(task_processor(config))
         self._adapter.initialize()
         self._redis: Any = redis.Redis.from_url(
-            config.redis, socket_timeout=_SOCKET_S, socket_connect_timeout=_SOCKET_S
+            config.broker, socket_timeout=_SOCKET_S, socket_connect_timeout=_SOCKET_S
         )
 
     def ring(self, ticket: str) -> None:

@@ -1,0 +1,549 @@
+"""What two files of cluster/ share is the same in both: each test names its pair.
+
+| shared | one file | the other |
+| --- | --- | --- |
+| image, tag | every container of KubeRay's kinds; jobs/*.yaml; ray-up/*.yaml | kustomization.yaml (`images`) |
+| Ray's version | raycluster.yaml | pyproject.toml, constraints.txt |
+| name of the run, of its applications | rayservice.yaml | pipeline.yaml, as `rayfm serve` names them |
+| ports 8000, 9000, host | rayservice.yaml (Serve) | pipeline.yaml (`endpoints`), container ports, network policies |
+| metrics port | raycluster.yaml | container ports, scrape.yaml, network policies, ray-up/*.yaml |
+| `rayfm/pool` | groups, their nodes and taints; ray-up/*.yaml | pipeline.yaml (`ray.nodes`) |
+| CPUs, GPUs | groups of an overlay | what its pipeline asks for |
+| `rayfm/part` | pods of each cluster | network policies, disruption budgets |
+| ZooKeeper's and Redis' names and ports | their services | pipeline.yaml, rayservice.yaml, network policies |
+| paths below /mnt/rayfm, /etc/rayfm | mounts, the ConfigMap's keys; ray-up/*.yaml | pipeline.yaml, entry points |
+| secrets and their keys | all that name one | secrets.example.yaml |
+| entry points | jobs of all manifests | jobs/*.py, examples/*.yaml |
+| the namespace | rendered objects | scrape.yaml |
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import kustomized
+import pytest
+import yaml
+
+from rayfm.pipeline.capacity import needs
+from rayfm.pipeline.config import PipelineConfig, load_config
+from rayfm.pipeline.endpoints import plan_endpoints
+from rayfm.serving.application import application_name
+from rayfm.serving.endpoints import GRPC_SERVICER, _teachers_of, endpoints_name
+from rayfm.serving.nearline.application import consumer_name
+from rayfm.serving.nearline.config import REDIS_PASSWORD
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "cluster"
+KUBERNETES = CLUSTER / "kubernetes"
+OVERLAYS = ("dev", "prod")
+RAY_UP = ("aws", "gcp")
+Object = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def rendered() -> dict[str, list[Object]]:
+    return {overlay: kustomized.render(KUBERNETES / "overlays" / overlay) for overlay in OVERLAYS}
+
+
+@pytest.fixture(params=OVERLAYS)
+def objects(request: pytest.FixtureRequest, rendered: dict[str, list[Object]]) -> list[Object]:
+    return rendered[request.param]
+
+
+def config_of(objects: list[Object], folder: Path) -> PipelineConfig:
+    """The pipeline's config as a pod of the overlay sees it."""
+    for name, text in kustomized.select(objects, "ConfigMap", "rayfm-pipeline")["data"].items():
+        (folder / name).write_text(text)
+    return load_config(folder / "pipeline.yaml", [f"@{folder / 'overrides.yaml'}"])
+
+
+def clusters(objects: list[Object]) -> dict[str, Object]:
+    """Part -> spec of a Ray cluster."""
+    specs = [
+        kustomized.select(objects, "RayCluster", "rayfm")["spec"],
+        kustomized.select(objects, "RayJob", "rayfm-stream")["spec"]["rayClusterSpec"],
+        kustomized.select(objects, "RayCronJob", "rayfm-batch")["spec"]["jobTemplate"]["rayClusterSpec"],
+        kustomized.select(objects, "RayService", "rayfm")["spec"]["rayClusterConfig"],
+    ]
+    return dict(zip(("cluster", "stream", "batch", "serve"), specs, strict=True))
+
+
+def templates(spec: Object) -> list[Object]:
+    """Pod templates of a Ray cluster, the head's first."""
+    return [spec["headGroupSpec"]["template"], *(group["template"] for group in spec["workerGroupSpecs"])]
+
+
+def serve_config(objects: list[Object]) -> Object:
+    found: Object = yaml.safe_load(kustomized.select(objects, "RayService", "rayfm")["spec"]["serveConfigV2"])
+    return found
+
+
+def walk(node: Any) -> Iterator[Object]:
+    """Every mapping within."""
+    if isinstance(node, dict):
+        yield node
+        for value in node.values():
+            yield from walk(value)
+    elif isinstance(node, list):
+        for item in node:
+            yield from walk(item)
+
+
+def ports_of(policy: Object) -> set[int]:
+    return {port["port"] for rule in policy["spec"].get("ingress", []) for port in rule.get("ports", [])}
+
+
+def ray_up(name: str) -> Object:
+    found: Object = yaml.safe_load((CLUSTER / "ray-up" / f"{name}.yaml").read_text())
+    return found
+
+
+def job_files() -> list[Path]:
+    return sorted((KUBERNETES / "jobs").glob("*.yaml"))
+
+
+def entrypoints(objects: list[Object]) -> list[str]:
+    return [one["entrypoint"] for one in walk(objects) if "entrypoint" in one]
+
+
+# Images and versions
+
+
+def test_one_image_for_all_of_ray(rendered: dict[str, list[Object]]):
+    images = {}
+    for overlay, objects in rendered.items():
+        found = {
+            container["image"]
+            for one in objects
+            if one["apiVersion"] == "ray.io/v1"
+            for part in walk(one)
+            for container in part.get("containers", [])
+        }
+        assert len(found) == 1, overlay
+        (images[overlay],) = found
+    dev, prod = images["dev"], images["prod"]
+    assert dev.removesuffix("-cpu") == prod.removesuffix("-cuda") != dev
+    assert dev.endswith(f":{_version()}-cpu")
+    for path in job_files():
+        (job,) = kustomized.documents(path)
+        assert [c["image"] for part in walk(job) for c in part.get("containers", [])] == [dev], path
+    for name in RAY_UP:
+        assert ray_up(name)["docker"]["image"] == prod
+    dockerfile = (CLUSTER / "Dockerfile").read_text()
+    assert all(f"REGISTRY/{image.rpartition('/')[2]} " in dockerfile for image in images.values())
+
+
+def _version() -> str:
+    import rayfm
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return str(project.get("version") or rayfm.__version__)
+
+
+def test_every_image_has_a_tag(objects: list[Object]):
+    for part in walk(objects):
+        for container in part.get("containers", []):
+            assert re.fullmatch(r"[a-z0-9./-]+:[0-9][\w.-]+", container["image"]), container["image"]
+
+
+def test_rays_version_is_the_projects(objects: list[Object]):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (pinned,) = [one for one in project["dependencies"] if one.startswith("ray[")]
+    version = pinned.partition("==")[2]
+    assert {spec["rayVersion"] for spec in clusters(objects).values()} == {version}
+    assert f"\nray=={version}\n" in (CLUSTER / "constraints.txt").read_text()
+
+
+# The service
+
+
+def test_applications_are_named_as_rayfm_serve_names_them(objects: list[Object], tmp_path: Path):
+    config = config_of(objects, tmp_path)
+    plan = plan_endpoints(config, before_run=True)
+    own = _teachers_of(config.name)
+    expected = {endpoints_name(config.name): ("/", "endpoints", None)}
+    for teacher in plan.teachers:
+        expected[application_name(own, teacher.name)] = (None, "teacher", teacher.name)
+    for name, near_line in plan.near_line().items():
+        expected[consumer_name(near_line)] = (None, "consumers", name)
+    found = {
+        one["name"]: (one["route_prefix"], one["import_path"], one["args"].get("teacher"))
+        for one in serve_config(objects)["applications"]
+    }
+    assert found == {
+        name: (route, f"rayfm.pipeline.declared:{builder}", teacher)
+        for name, (route, builder, teacher) in expected.items()
+    }
+    assert plan.students
+    assert plan.teachers
+
+
+def test_ports_of_serve_are_the_configs_the_containers_and_the_policys(objects: list[Object], tmp_path: Path):
+    endpoints = config_of(objects, tmp_path).endpoints
+    serve = serve_config(objects)
+    assert serve["http_options"] == {"host": endpoints.host, "port": endpoints.http_port}
+    assert serve["grpc_options"]["port"] == endpoints.grpc_port
+    assert serve["grpc_options"]["grpc_servicer_functions"] == [GRPC_SERVICER]
+    for spec in clusters(objects).values():
+        for template in templates(spec):
+            ports = {port["name"]: port["containerPort"] for port in template["spec"]["containers"][0]["ports"]}
+            assert (ports["serve"], ports["grpc"]) == (endpoints.http_port, endpoints.grpc_port)
+    assert ports_of(kustomized.select(objects, "NetworkPolicy", "scores")) == {
+        endpoints.http_port,
+        endpoints.grpc_port,
+    }
+    # KubeRay asks the proxies whether they are well, and the dashboards for everything else.
+    dashboards = {
+        port["containerPort"]
+        for spec in clusters(objects).values()
+        for port in templates(spec)[0]["spec"]["containers"][0]["ports"]
+        if port["name"] == "dashboard"
+    }
+    assert ports_of(kustomized.select(objects, "NetworkPolicy", "kuberay-operator")) == {
+        endpoints.http_port,
+        *dashboards,
+    }
+    for part in ("cluster", "stream", "batch"):
+        assert ports_of(kustomized.select(objects, "NetworkPolicy", f"ray-{part}")) == dashboards
+
+
+def test_serves_config_has_only_keys_that_serve_knows(objects: list[Object]):
+    from ray.serve.schema import ServeDeploySchema
+
+    config = serve_config(objects)
+    known = ServeDeploySchema.model_validate(config)
+    assert config.keys() <= ServeDeploySchema.model_fields.keys()
+    for given, one in zip(config["applications"], known.applications, strict=True):
+        assert given.keys() <= type(one).model_fields.keys()
+    for options in ("http_options", "grpc_options"):
+        assert config[options].keys() <= type(getattr(known, options)).model_fields.keys()
+
+
+def test_the_grpc_size_and_haproxy_are_the_same_on_every_node(objects: list[Object]):
+    """Ray reads them in every process of a cluster: a head and workers that differ do not find one another."""
+    for spec in clusters(objects).values():
+        proxies = {
+            tuple(env["value"] for env in template["spec"]["containers"][0]["env"] if env["name"].startswith("RAY_"))
+            for template in templates(spec)
+        }
+        assert len(proxies) == 1
+
+
+def test_the_size_of_grpc_messages_is_that_of_rayfm_serve(objects: list[Object], tmp_path: Path, monkeypatch: Any):
+    from rayfm.serving.production import GRPC_MESSAGE, limit_messages
+
+    monkeypatch.setenv(GRPC_MESSAGE, "0")  # so that it is put back
+    monkeypatch.delenv(GRPC_MESSAGE)
+    limit_messages(config_of(objects, tmp_path).endpoints.limits.max_body_bytes)
+    for spec in clusters(objects).values():
+        for template in templates(spec):
+            env = {one["name"]: one.get("value") for one in template["spec"]["containers"][0]["env"]}
+            assert env[GRPC_MESSAGE] == os.environ[GRPC_MESSAGE]
+
+
+# Metrics
+
+
+def test_metrics_ports(rendered: dict[str, list[Object]]):
+    scrape = yaml.safe_load((KUBERNETES / "components" / "monitoring" / "scrape.yaml").read_text())
+    ray, zookeeper = scrape["scrape_configs"]
+    for job in (ray, zookeeper):
+        assert {
+            "source_labels": ["__meta_kubernetes_pod_container_port_name"],
+            "regex": "metrics",
+            "action": "keep",
+        } in (job["relabel_configs"])
+    namespaces = {
+        kustomized.select(objects, "RayCluster", "rayfm")["metadata"]["namespace"] for objects in rendered.values()
+    }
+    assert set(ray["kubernetes_sd_configs"][0]["namespaces"]["names"]) == namespaces
+    (selector,) = zookeeper["kubernetes_sd_configs"][0]["selectors"]
+    for objects in rendered.values():
+        policy = kustomized.select(objects, "NetworkPolicy", "prometheus")
+        for spec in clusters(objects).values():
+            for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+                ports = {p["name"]: p["containerPort"] for p in group["template"]["spec"]["containers"][0]["ports"]}
+                assert str(ports["metrics"]) == group["rayStartParams"]["metrics-export-port"]
+                assert ports["metrics"] in ports_of(policy)
+        ensemble = kustomized.select(objects, "StatefulSet", "zookeeper")["spec"]["template"]
+        assert selector["label"] == "=".join(*ensemble["metadata"]["labels"].items())
+        (container,) = ensemble["spec"]["containers"]
+        port = {p["name"]: p["containerPort"] for p in container["ports"]}["metrics"]
+        extra = {env["name"]: env.get("value") for env in container["env"]}["ZOO_CFG_EXTRA"]
+        assert f"metricsProvider.httpPort={port}" in extra
+        assert port in ports_of(policy)
+    for name in RAY_UP:
+        for command in (*ray_up(name)["head_start_ray_commands"], *ray_up(name)["worker_start_ray_commands"]):
+            assert "ray start" not in command or f"--metrics-export-port={ports['metrics']}" in command
+
+
+# Groups, and what the pipeline asks of them
+
+
+def test_groups_are_what_the_pipeline_selects(objects: list[Object], tmp_path: Path):
+    nodes = config_of(objects, tmp_path).ray.nodes
+    wanted = {"data": nodes.data, "training": nodes.training, "serving": nodes.serving}
+    for part, spec in clusters(objects).items():
+        groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+        assert groups.keys() == ({"serving"} if part == "serve" else wanted.keys())
+        for name, group in groups.items():
+            assert wanted[name] == {"rayfm/pool": name}
+            assert wanted[name].items() <= group["labels"].items()
+            pod = group["template"]["spec"]
+            assert pod.get("nodeSelector", wanted[name]).items() >= wanted[name].items()
+            for key, value in pod.get("nodeSelector", {}).items():
+                assert {"key": key, "operator": "Equal", "value": value, "effect": "NoSchedule"} in pod["tolerations"]
+
+
+def test_the_nodes_of_ray_up_are_the_same_groups(objects: list[Object], tmp_path: Path):
+    nodes = config_of(objects, tmp_path).ray.nodes
+    for name in RAY_UP:
+        types = ray_up(name)["available_node_types"]
+        assert types.keys() == {"head", "data", "training", "serving"}
+        for group in ("data", "training", "serving"):
+            assert getattr(nodes, group).items() <= types[group]["labels"].items()
+        assert types["head"]["resources"] == {"CPU": 0}
+        assert sum(one.get("max_workers", 0) for one in types.values()) >= ray_up(name)["max_workers"]
+
+
+def test_training_is_on_spot_machines(rendered: dict[str, list[Object]]):
+    (training,) = [g for g in clusters(rendered["prod"])["stream"]["workerGroupSpecs"] if g["groupName"] == "training"]
+    assert training["labels"]["ray.io/market-type"] == "spot"
+    assert training["template"]["spec"]["nodeSelector"]["rayfm/capacity"] == "spot"
+    aws, gcp = (ray_up(name)["available_node_types"]["training"]["node_config"] for name in RAY_UP)
+    assert aws["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert gcp["scheduling"]["provisioningModel"] == "SPOT"
+
+
+def _room(group: Object) -> tuple[float, float]:
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return float(limits["cpu"]), float(limits.get("nvidia.com/gpu", 0))
+
+
+def test_what_the_pipeline_asks_for_fits_its_groups(objects: list[Object], tmp_path: Path):
+    config = config_of(objects, tmp_path)
+    groups = {group["groupName"]: group for group in clusters(objects)["stream"]["workerGroupSpecs"]}
+    asked: dict[str, list[tuple[float, float]]] = {"data": [], "training": [], "serving": []}
+    for need in needs(config):
+        kind = {"trainer": "training", "service": "serving", "Ray": "data"}[need.part.split()[0]]
+        asked[kind].append((need.cpus, need.gpus))
+    for kind, amounts in asked.items():
+        cpus, gpus = _room(groups[kind])
+        most = groups[kind]["maxReplicas"]
+        assert amounts, kind
+        assert sum(cpu for cpu, _ in amounts) <= cpus * most, f"{kind}: CPUs"
+        assert sum(gpu for _, gpu in amounts) <= gpus * most, f"{kind}: GPUs"
+    trainings = [teacher.training for teacher in config.teachers.values()] + list(config.groups.values())
+    for training in trainings:
+        assert _fits((training.cpus_per_worker, training.gpus_per_worker), groups["training"])
+    serving = config.serving
+    assert _fits((serving.cpus, serving.gpus), groups["serving"])
+    if serving.members > 1:
+        assert _fits((serving.member_cpus, serving.member_gpus), groups["serving"])
+    assert _fits((config.data.cpus_per_task, 0), groups["data"])
+
+
+def _fits(one: tuple[float, float], group: Object) -> bool:
+    return all(asked <= room for asked, room in zip(one, _room(group), strict=True))
+
+
+def test_what_the_service_asks_for_fits_its_group(objects: list[Object], tmp_path: Path):
+    plan = plan_endpoints(config_of(objects, tmp_path), before_run=True)
+    (group,) = clusters(objects)["serve"]["workerGroupSpecs"]
+    cpus, gpus = _room(group)
+    most = [(plan.endpoints.max_replicas or plan.endpoints.replicas, plan.endpoints.cpus, 0.0)]
+    for teacher in plan.teachers:
+        most.append((teacher.max_replicas or teacher.replicas, teacher.whole_cpus, teacher.whole_gpus))
+    for near_line in plan.near_line().values():
+        most.append((near_line.consumer.max_replicas, near_line.consumer.cpus, 0.0))
+    assert sum(count * cpu for count, cpu, _ in most) <= cpus * group["maxReplicas"]
+    assert sum(count * gpu for count, _, gpu in most) <= gpus * group["maxReplicas"]
+
+
+# Labels that policies and budgets select
+
+
+def test_each_cluster_has_a_part_of_its_own(objects: list[Object]):
+    for part, spec in clusters(objects).items():
+        assert {template["metadata"]["labels"]["rayfm/part"] for template in templates(spec)} == {part}
+    submitters = [one["submitterPodTemplate"] for one in walk(objects) if "submitterPodTemplate" in one]
+    assert [one["metadata"]["labels"]["rayfm/part"] for one in submitters] == ["stream", "batch"]
+    for path in job_files():
+        (job,) = kustomized.documents(path)
+        assert job["spec"]["submitterPodTemplate"]["metadata"]["labels"]["rayfm/part"] == "cluster"
+        assert job["spec"]["clusterSelector"] == {"ray.io/cluster": "rayfm"}
+
+
+def test_policies_and_budgets_select_pods_that_there_are(objects: list[Object]):
+    pods = [{"app.kubernetes.io/name": name} for name in ("zookeeper", "redis")]
+    for part, spec in clusters(objects).items():
+        groups = ["headgroup", *(group["groupName"] for group in spec["workerGroupSpecs"])]
+        for group in groups:  # as KubeRay labels them
+            kind = "head" if group == "headgroup" else "worker"
+            ray = {"ray.io/is-ray-node": "yes", "ray.io/node-type": kind, "ray.io/group": group}
+            pods.append({"rayfm/part": part, **ray})
+        pods.append({"rayfm/part": part, "rayfm/role": "submitter"})
+    selectors = [
+        one["podSelector"].get("matchLabels", {})
+        for kind in objects
+        if kind["kind"] == "NetworkPolicy"
+        for one in walk(kind)
+        if "podSelector" in one
+    ]
+    selectors += [one["spec"]["selector"]["matchLabels"] for one in objects if one["kind"] == "PodDisruptionBudget"]
+    assert len(selectors) > 10
+    for selector in selectors:
+        assert any(selector.items() <= pod.items() for pod in pods), selector
+    policies = {one["metadata"]["name"] for one in objects if one["kind"] == "NetworkPolicy"}
+    assert {f"ray-{part}" for part in clusters(objects)} <= policies
+
+
+def test_budgets_leave_what_has_to_stay(objects: list[Object]):
+    (serving,) = clusters(objects)["serve"]["workerGroupSpecs"]
+    for one in objects:
+        if one["kind"] == "PodDisruptionBudget" and "ray.io/node-type" not in one["spec"]["selector"]["matchLabels"]:
+            continue
+        if one["kind"] == "PodDisruptionBudget":
+            assert isinstance(one["spec"]["minAvailable"], int), "shares need a controller with a scale"
+    budget = kustomized.select(objects, "PodDisruptionBudget", "rayfm-serving")
+    assert 1 <= budget["spec"]["minAvailable"] <= serving["minReplicas"]
+
+
+# ZooKeeper and Redis
+
+
+def test_zookeepers_names_and_ports(objects: list[Object], tmp_path: Path):
+    service = kustomized.select(objects, "Service", "zookeeper")
+    state = kustomized.select(objects, "StatefulSet", "zookeeper")["spec"]
+    (container,) = state["template"]["spec"]["containers"]
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    assert ports == {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert state["serviceName"] == "zookeeper"
+    assert service["spec"]["selector"] == state["template"]["metadata"]["labels"] == state["selector"]["matchLabels"]
+    hosts = [f"zookeeper-{number}.zookeeper" for number in range(state["replicas"])]
+    url = config_of(objects, tmp_path).endpoints.metadata
+    client = ports["client"]
+    assert url == f"zookeeper://{','.join(f'{host}:{client}' for host in hosts)}/rayfm"
+    servers = {env["name"]: env.get("value") for env in container["env"]}["ZOO_SERVERS"].split()
+    assert servers == [
+        f"server.{number}={host}:{ports['peer']}:{ports['election']};{ports['client']}"
+        for number, host in enumerate(hosts, 1)
+    ]
+    policy = kustomized.select(objects, "NetworkPolicy", "zookeeper")
+    assert ports_of(policy) == {ports["client"], ports["peer"], ports["election"]}
+
+
+def test_redis_name_port_and_password(objects: list[Object], tmp_path: Path):
+    (port,) = kustomized.select(objects, "Service", "redis")["spec"]["ports"]
+    state = kustomized.select(objects, "StatefulSet", "redis")["spec"]
+    (container,) = state["template"]["spec"]["containers"]
+    assert port["port"] == container["ports"][0]["containerPort"]
+    options = kustomized.select(objects, "RayService", "rayfm")["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]
+    assert options["redisAddress"] == f"redis:{port['port']}"
+    near_line = config_of(objects, tmp_path).endpoints.near_line
+    assert near_line is not None
+    queue = urlsplit(near_line.redis)
+    assert (queue.hostname, queue.port, queue.password) == ("redis", port["port"], None)
+    assert queue.path not in ("", "/", "/0"), "the head's state is in database 0"
+    assert ports_of(kustomized.select(objects, "NetworkPolicy", "redis")) == {port["port"]}
+    secret = options["redisPassword"]["valueFrom"]
+    assert {"name": "REDIS_PASSWORD", "valueFrom": secret} in container["env"]
+    for spec in clusters(objects).values():
+        for template in templates(spec):
+            assert {"name": REDIS_PASSWORD, "valueFrom": secret} in template["spec"]["containers"][0]["env"]
+
+
+# Storage, configs, entry points
+
+
+def test_paths_are_mounted(objects: list[Object], tmp_path: Path):
+    config = config_of(objects, tmp_path)
+    files = {f"/etc/rayfm/{name}" for name in kustomized.select(objects, "ConfigMap", "rayfm-pipeline")["data"]}
+    for spec in clusters(objects).values():
+        for template in templates(spec):
+            mounts = {m["name"]: m["mountPath"] for m in template["spec"]["containers"][0]["volumeMounts"]}
+            volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+            assert mounts.keys() == volumes.keys()
+            assert mounts["storage"] == "/mnt/rayfm"
+            assert mounts["pipeline"] == "/etc/rayfm"
+            claim = volumes["storage"]["persistentVolumeClaim"]["claimName"]
+            assert kustomized.select(objects, "PersistentVolumeClaim", claim)["spec"]["accessModes"] == [
+                "ReadWriteMany"
+            ]
+            assert volumes["pipeline"]["configMap"]["name"] == "rayfm-pipeline"
+    for path in (config.storage, config.runs, vars(config.data.source)["path"]):
+        assert path.startswith("/mnt/rayfm/")
+    for name in RAY_UP:
+        text = (CLUSTER / "ray-up" / f"{name}.yaml").read_text()
+        assert "--volume /mnt/rayfm:/mnt/rayfm" in text
+    for one in serve_config(objects)["applications"]:
+        assert {one["args"]["config"], *(path.removeprefix("@") for path in one["args"]["set"])} == files
+    for entry in entrypoints(objects):
+        assert {word.removeprefix("@") for word in shlex.split(entry) if "/etc/rayfm/" in word} == files
+
+
+def test_entry_points_exist_and_take_their_arguments(rendered: dict[str, list[Object]]):
+    from rayfm.cli.jobs import JOBS, command_line
+
+    found = {entry for objects in rendered.values() for entry in entrypoints(objects)}
+    found |= {entry for path in job_files() for entry in entrypoints(kustomized.documents(path))}
+    assert len(found) >= 6
+    for entry in found:
+        python, script, *arguments = shlex.split(entry)
+        assert python == "python"
+        path = ROOT / Path(script).relative_to("/opt/rayfm")
+        assert path.is_file(), script
+        assert path.parent.name == "jobs"
+        assert path.stem in JOBS
+        command_line(path.stem, arguments)
+        for word in arguments:
+            if word.startswith("/opt/rayfm/"):
+                example = ROOT / Path(word).relative_to("/opt/rayfm")
+                sets = [one for one in arguments if re.match(r"[\w.]+=", one)]
+                config = load_config(example, sets)
+                assert {config.storage[:11], config.runs[:11]} == {"/mnt/rayfm/"}
+    copied = (CLUSTER / "Dockerfile").read_text()
+    assert "WORKDIR /opt/rayfm\nCOPY jobs jobs\nCOPY examples examples\n" in copied
+
+
+def test_the_stream_or_the_batch_but_never_both(objects: list[Object]):
+    stream = kustomized.select(objects, "RayJob", "rayfm-stream")["spec"]
+    batch = kustomized.select(objects, "RayCronJob", "rayfm-batch")["spec"]
+    assert stream["suspend"] != batch["suspend"]
+    assert stream["entrypoint"] == f"{batch['jobTemplate']['entrypoint']} --follow"
+    for job in (stream, batch["jobTemplate"]):
+        assert job["backoffLimit"] > 0
+        assert job["shutdownAfterJobFinishes"]
+
+
+# Secrets
+
+
+def test_secrets_are_those_of_the_example_which_has_no_value(rendered: dict[str, list[Object]]):
+    secrets = kustomized.documents(KUBERNETES / "secrets.example.yaml")
+    example = {one["metadata"]["name"]: set(one["stringData"]) for one in secrets}
+    assert [value for one in secrets for value in one["stringData"].values() if value] == []
+    named: dict[str, set[str]] = {}
+    for objects in rendered.values():
+        assert [one for one in objects if one["kind"] == "Secret"] == []
+        for part in walk(objects):
+            if "secretKeyRef" in part:
+                named.setdefault(part["secretKeyRef"]["name"], set()).add(part["secretKeyRef"]["key"])
+            if "secretRef" in part:
+                named[part["secretRef"]["name"]] = example[part["secretRef"]["name"]]
+            if "authOptions" in part:
+                named.setdefault(part["authOptions"]["secretName"], set()).add("auth_token")  # KubeRay's own key
+    assert named == example
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    for name, keys in example.items():
+        command = re.search(rf"kubectl create secret generic {name} .*?(?=\nkubectl|\n```)", text, re.DOTALL)
+        assert command, name
+        assert set(re.findall(r"--from-literal=(\w+)=", command.group())) == keys
