@@ -96,6 +96,7 @@ def running_head(folder_of_token: Path) -> Iterator[Head]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),  # `python` of a job
     }
     port, dashboard, agent, client = free_ports(4)
     # Short, as the path of a Unix socket has 107 characters; and not /tmp/ray, where other Rays look for a cluster.

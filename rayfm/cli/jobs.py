@@ -10,6 +10,7 @@ import dataclasses
 import os
 import re
 import sys
+from typing import Any
 
 import typer
 
@@ -70,17 +71,32 @@ def command_line(name: str, arguments: list[str]) -> list[str]:
 
 def options(command: str) -> dict[str, bool]:
     """Option of a command -> whether it is a flag, without a value."""
+    return {
+        name: parameter.is_flag
+        for parameter in _found(command).params
+        if getattr(parameter, "is_flag", None) is not None
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    }
+
+
+def parse(name: str, arguments: list[str]) -> dict[str, Any]:
+    """What a job's arguments mean to its command, by the names of its parameters; nothing is run.
+
+    Raises:
+        typer's usage error: they do not fit the command.
+    """
+    command, *rest = command_line(name, arguments)
+    with _found(command).make_context(f"rayfm {command}", rest) as context:
+        return dict(context.params)
+
+
+def _found(command: str) -> Any:
+    """A command of the command line."""
     from typer.main import get_command
 
     from rayfm.cli.main import app
 
-    found = getattr(get_command(app), "commands")[command]  # noqa: B009 - a group has them, a command does not
-    return {
-        name: parameter.is_flag
-        for parameter in found.params
-        if getattr(parameter, "is_flag", None) is not None
-        for name in (*parameter.opts, *parameter.secondary_opts)
-    }
+    return getattr(get_command(app), "commands")[command]  # noqa: B009 - a group has them, a command does not
 
 
 def job(name: str, arguments: list[str], usage: str | None = None) -> int:

@@ -16,6 +16,7 @@ from rayfm.cli import checkpoints, labels, nearline, snapshots
 from rayfm.cli.augment import augment
 from rayfm.cli.plan import plan
 from rayfm.cli.runs import RunFolder
+from rayfm.cli.submit import submit
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -119,6 +120,7 @@ def label(
 
 app.command()(augment)
 app.command()(plan)
+app.command()(submit)
 
 
 @app.command()

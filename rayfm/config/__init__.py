@@ -2,7 +2,7 @@
 
 from rayfm.config.base import Config
 from rayfm.config.errors import CapacityError, ConfigError, DataError, LabelError, RayfmError, SnapshotError
-from rayfm.config.loader import apply_override, read_yaml, set_key, validate, write_yaml
+from rayfm.config.loader import apply_override, config_files, read_yaml, set_key, validate, write_yaml
 from rayfm.config.registry import Registry, nearest
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Registry",
     "SnapshotError",
     "apply_override",
+    "config_files",
     "nearest",
     "read_yaml",
     "set_key",

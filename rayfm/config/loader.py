@@ -103,6 +103,26 @@ def _include(value: Any, folder: Path, within: tuple[Path, ...] = ()) -> Any:
     return value
 
 
+def config_files(path: str | Path) -> list[Path]:
+    """A YAML file, and all that it includes, directly or not.
+
+    Raises:
+        ConfigError: as `read_yaml`.
+    """
+    read_yaml(path)  # nothing includes itself
+
+    def included(value: Any, folder: Path) -> list[Path]:
+        if isinstance(value, dict) and value.keys() == {INCLUDE} and isinstance(value[INCLUDE], str):
+            return config_files_of((folder / value[INCLUDE]).resolve())
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return [file for item in items for file in included(item, folder)]
+
+    def config_files_of(file: Path) -> list[Path]:
+        return [file, *included(_parse(file), file.parent)]
+
+    return list(dict.fromkeys(config_files_of(Path(path))))
+
+
 def apply_override(data: dict[str, Any], assignment: str) -> None:
     """Apply one ``--set a.b.0.c=value`` in place; the value is read as YAML, list items are addressed by position.
     ``--set @FILE`` applies a YAML file of overrides, which is laid over ``data`` key by key (a list replaces a list).
