@@ -13,7 +13,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rayfm.pipeline.config import PipelineConfig
     from rayfm.planning.estimate import Estimate
-    from rayfm.planning.work import Learner
+    from rayfm.planning.work import Learner, TableWork
     from rayfm.training.config import TrainingConfig
 
 SHOWN = 30
@@ -23,6 +23,7 @@ PARTS = {
     "host_to_device": ("batch to the device", "PCIe"),
     "ids_all_to_all": ("ids, all-to-all", "links"),
     "lookup": ("embedding look-up", "memory"),
+    "host_rows": ("rows of the host", "PCIe"),
     "vectors_forward": ("vectors, forward", "links"),
     "dense_forward": ("dense forward", "compute"),
     "dense_backward": ("dense backward", "compute"),
@@ -36,6 +37,7 @@ PARTS = {
 MEMORY = {
     "tables": "tables",
     "table_optimizer": "their optimiser",
+    "cache": "cache of rows",
     "embedding": "ids, vectors",
     "dense": "dense, gradients",
     "dense_optimizer": "dense optimiser",
@@ -172,10 +174,15 @@ def memory_table(found: Estimate) -> Table:
     """GB of the fullest and the emptiest rank."""
     table = _table("memory of a rank, GB", "fullest", "emptiest")
     for key, name in MEMORY.items():
+        if key == "cache" and not found.host:
+            continue
         table.add_row(name, *(gigabytes(getattr(rank, key)) for rank in (found.fullest, found.emptiest)))
     table.add_row("in all", *(f"[bold]{gigabytes(rank.total)}" for rank in (found.fullest, found.emptiest)))
     hardware = found.cluster.hardware
     table.add_row(f"of {hardware.memory_gb:g}, {hardware.reserved:.0%} reserved", gigabytes(found.cluster.usable_bytes))
+    if found.host:
+        table.add_row("tables, a node's host", gigabytes(found.host))
+        table.add_row(f"of {hardware.host_memory_gb:g}", gigabytes(found.cluster.usable_host_bytes))
     return table
 
 
@@ -193,7 +200,7 @@ def plan_table(found: Estimate) -> Table:
             short(one.rows),
             str(one.columns),
             gigabytes(table_bytes(one.rows, one.columns)),
-            placed.kind,
+            placed.kind + where(one),
             ranks([piece.rank for piece in placed.pieces], found.cluster.world),
         )
     rest = found.plan.tables[SHOWN:]
@@ -201,6 +208,13 @@ def plan_table(found: Estimate) -> Table:
         size = sum(table_bytes(placed.table.rows, placed.table.columns) for placed in rest)
         table.add_row(f"and {len(rest)} smaller ones", "", "", gigabytes(size), "", "")
     return table
+
+
+def where(table: TableWork) -> str:
+    """Of a table that is not in the devices' memory, where it is."""
+    if table.memory.kind == "device":
+        return ""
+    return ", uvm" if table.memory.kind == "uvm" else f", {table.memory.cache_load_factor:.0%} cached"
 
 
 def ranks(owners: list[int], world: int) -> str:
@@ -217,6 +231,8 @@ def step_table(found: Estimate) -> Table:
     table.columns[3].justify = "left"
     for key, (name, bound) in PARTS.items():
         seconds = getattr(found.step, key)
+        if key == "host_rows" and not found.host:
+            continue
         mark = "[bold]" if key == found.step.bottleneck else ""
         table.add_row(f"{mark}{name}", f"{mark}{1e3 * seconds:.3f}", f"{mark}{seconds / found.step.total:.0%}", bound)
     table.add_row("one after the other", f"{1e3 * found.step.total:.3f}", "", "")
@@ -242,13 +258,19 @@ def conclusions(found: Estimate) -> list[str]:
 
 def hardware_lines(found: Estimate, gpu: str) -> str:
     """The model of the hardware."""
+    from rayfm.planning.costs import cache_hits
+
     h = found.cluster.hardware
+    caches = {p.table.memory.cache_load_factor for p in found.plan.tables if p.table.memory.kind == "uvm_caching"}
+    hits = ", ".join(f"{cache_hits(share, h.id_skew):.0%} at {share:.0%} of the rows" for share in sorted(caches))
+    of_host = f"rows of the host over PCIe; host memory {h.host_memory_gb:,.4g} GB a node; " if found.host else ""
+    of_host += f"cache hits {hits} (ids after Zipf's law, exponent {h.id_skew:g}: an assumption); " if caches else ""
     return (
         f"{gpu}: {h.peak_flops(found.precision) / 1e12:,.4g} TFLOP/s {found.precision} at "
         f"{h.compute_efficiency:.0%}; memory {h.memory_gbs:,.4g} GB/s at {h.memory_efficiency:.0%}; NVLink "
         f"{h.nvlink_gbs:,.4g}, network {h.network_gbs:,.4g}, PCIe {h.host_gbs:,.4g} GB/s a GPU and direction at "
-        f"{h.link_efficiency:.0%}; {h.operator_us:.3g} us an operator; {h.hop_us:g} us x log2(ranks) a collective. "
-        f"Peaks: {h.source}. Shares and microseconds: assumptions (--gpu-set)."
+        f"{h.link_efficiency:.0%}; {of_host}{h.operator_us:.3g} us an operator; {h.hop_us:g} us x log2(ranks) a "
+        f"collective. Peaks: {h.source}. Shares and microseconds: assumptions (--gpu-set)."
     )
 
 

@@ -30,6 +30,20 @@ def elementwise_bytes(operations: float, width: int) -> float:
     return 3 * width * operations
 
 
+def cache_hits(share: float, skew: float) -> float:
+    """Share of the look-ups that find their row in a cache of the most frequent ``share`` of the rows.
+
+    The k-th most frequent of n ids comes in proportion to k to the power of -``skew`` (Zipf's law); below an exponent
+    of 1 the sums are near their integrals, n^(1 - skew) / (1 - skew), whose ratio depends on the share alone.
+
+    Example::
+
+        >>> cache_hits(0.25, 0.5)
+        0.5
+    """
+    return float(share ** (1 - skew))
+
+
 def all_to_all(size: float, world: int, per_node: int, nvlink: float, network: float) -> float:
     """Time of an all-to-all in which a device exchanges ``size`` bytes with the ``world - 1`` others, evenly.
 

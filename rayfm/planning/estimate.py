@@ -9,7 +9,15 @@ from rayfm.config import ConfigError
 from rayfm.planning.hardware import Precision
 from rayfm.planning.memory import Memory
 from rayfm.planning.search import Cluster, Plan, find_plan
-from rayfm.planning.step import StepTime, dense_memory, rank_loads, rank_memory, received_bytes, step_time
+from rayfm.planning.step import (
+    StepTime,
+    dense_memory,
+    host_memory,
+    rank_loads,
+    rank_memory,
+    received_bytes,
+    step_time,
+)
 from rayfm.planning.work import Learner, Work, count_work
 from rayfm.schema import Schema
 from rayfm.training.config import TrainingConfig
@@ -19,6 +27,8 @@ ADVICE = {
     "ids_all_to_all": "shorter lists, fewer pieces of tables; row-wise tables send lengths to every rank",
     "lookup": "narrower tables, shorter lists, more memory bandwidth; row-wise pooled tables write a partial vector of "
     "every rank's examples on every rank, however many ranks there are",
+    "host_rows": "a larger cache_load_factor, fewer tables in the host's memory, more GPUs to hold them, shorter "
+    "lists, a faster host link",
     "vectors_forward": "narrower tables, fewer row-wise pooled ones (their reduce-scatter grows with the ranks), a "
     "faster network",
     "dense_forward": "a lower precision, a smaller model, or a larger batch where starting operators is what costs",
@@ -46,6 +56,8 @@ class Estimate:
     fullest: Memory
     """Of the rank that holds most."""
     emptiest: Memory
+    host: float
+    """Bytes of tables in the memory of the fullest node's host."""
     step: StepTime
 
     @property
@@ -83,7 +95,8 @@ def estimate(
     shared = dense_memory(work, training, batch)
     plan = find_plan(work, training, cluster, batch, cluster.usable_bytes - shared.total)
     received = received_bytes(plan, batch)
-    ranks = [rank_memory(load, shared, received) for load in set(rank_loads(plan, batch, cluster.world))]
+    loads = rank_loads(plan, batch, cluster.world)
+    ranks = [rank_memory(load, shared, received) for load in set(loads)]
     return Estimate(
         work=work,
         cluster=cluster,
@@ -92,5 +105,6 @@ def estimate(
         plan=plan,
         fullest=max(ranks, key=lambda memory: memory.total),
         emptiest=min(ranks, key=lambda memory: memory.total),
+        host=host_memory(loads, cluster.per_node),
         step=step_time(work, plan, cluster, batch, precision),
     )

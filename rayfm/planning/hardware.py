@@ -34,6 +34,8 @@ class Hardware(Config):
     """Of a device to other nodes, one direction: its own network card."""
     host_gbs: float = Field(gt=0)
     """From host memory to the device (PCIe), one direction."""
+    host_memory_gb: float = Field(2000.0, gt=0)
+    """Memory of a node's host, shared by its devices. DGX A100, H100, H200 and B200 have 2 TB (their user guides)."""
     source: str
     """Where the figures are from."""
 
@@ -47,6 +49,9 @@ class Hardware(Config):
     """Microseconds that starting an operator costs, each. An assumption."""
     hop_us: float = Field(10.0, ge=0)
     """Microseconds a collective needs beside its bytes, times log2 of the ranks. An assumption."""
+    id_skew: float = Field(0.8, ge=0, lt=1)
+    """Exponent of the power law (Zipf) that ids are taken to follow, for what a cache of rows hits: 0 is all alike. An
+    assumption, and of the data rather than of the hardware."""
     reserved: float = Field(0.15, ge=0, lt=1)
     """Share of the memory that is not planned with: the driver, NCCL's buffers, fragmentation. TorchRec's default."""
 

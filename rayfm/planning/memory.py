@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from rayfm.training.config import DenseOptimizer, TableOptimizerName
+from rayfm.training.config import DenseOptimizer, TableMemory, TableOptimizerName
 
 FLOAT, ID, LENGTH = 4, 8, 4
 """Bytes of a value of a table, of an id and of a list's length."""
@@ -16,8 +16,10 @@ class Memory:
     """One rank's memory by what it holds, in bytes."""
 
     tables: float
-    """The rows and columns that lie here."""
+    """The rows and columns that lie here, those of tables in the host's memory left out."""
     table_optimizer: float
+    cache: float
+    """Copies of rows of tables in the host's memory, and the cache's books."""
     dense: float
     """Weights and gradients of everything else, and of replicated tables."""
     dense_optimizer: float
@@ -46,6 +48,43 @@ def table_state_bytes(optimizer: TableOptimizerName, rows: int, columns: int) ->
     """
     elements = {"rowwise_adagrad": rows, "adagrad": rows * columns, "sgd": 0, "adam": 2 * rows * columns}
     return elements[optimizer] * FLOAT
+
+
+def cache_bytes(rows: int, columns: int, load_factor: float) -> float:
+    """A cache of a share of the rows: their values, two int64 a slot (id and time of use), an int32 a row of the table.
+
+    As fbgemm's table-batched embeddings hold it with ``MANAGED_CACHING`` and its default, least recently used.
+    """
+    return load_factor * (table_bytes(rows, columns) + 16 * rows) + 4 * rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What a part of a table takes, by where it is, in bytes."""
+
+    values: float
+    """In the device's memory: all of the part's values, or none."""
+    state: float
+    """In the device's memory: of the optimiser's state."""
+    cache: float
+    """In the device's memory."""
+    host: float
+    """In the host's memory."""
+
+    @property
+    def device(self) -> float:
+        """All that the device's memory holds."""
+        return self.values + self.state + self.cache
+
+
+def held_bytes(optimizer: TableOptimizerName, memory: TableMemory, rows: int, columns: int) -> Held:
+    """Where a part of a table and its optimiser's state are. fbgemm keeps a state of a value a row on the device."""
+    values, state = table_bytes(rows, columns), table_state_bytes(optimizer, rows, columns)
+    if memory.kind == "device":
+        return Held(values, state, 0.0, 0.0)
+    near = state if optimizer == "rowwise_adagrad" else 0
+    cache = cache_bytes(rows, columns, memory.cache_load_factor) if memory.kind == "uvm_caching" else 0.0
+    return Held(0.0, near, cache, values + state - near)
 
 
 def dense_bytes(parameters: int) -> int:

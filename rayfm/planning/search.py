@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.planners import EmbeddingShardingPlanner
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
@@ -25,15 +26,16 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import ShardingType
+from torchrec.distributed.types import CacheParams, ShardingType
 
 from rayfm.config import CapacityError, ConfigError
 from rayfm.planning.estimators import OncePerSize
 from rayfm.planning.hardware import Hardware
-from rayfm.planning.memory import table_bytes, table_state_bytes
+from rayfm.planning.memory import held_bytes
 from rayfm.planning.work import TableWork, Work
 from rayfm.training.config import ShardingKind, TrainingConfig
-from rayfm.training.sharding import sharders
+from rayfm.training.sharding import SequenceSharder, Sharder
+from rayfm.training.table_memory import KERNELS
 
 GRID_WORK = 200_000
 """Shards that an exhaustive search may place in all; beyond, TorchRec's grid search is left out."""
@@ -67,6 +69,11 @@ class Cluster:
     def usable_bytes(self) -> float:
         """Of a device's memory, what is planned with."""
         return self.hardware.memory_gb * 1e9 * (1 - self.hardware.reserved)
+
+    @property
+    def usable_host_bytes(self) -> float:
+        """Of the memory of a node's host, what is planned with."""
+        return self.hardware.host_memory_gb * 1e9 * (1 - self.hardware.reserved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +122,36 @@ def allowed_kinds(table: TableWork, training: TrainingConfig, world: int, free: 
 
 
 def piece_bytes(table: TableWork, kind: ShardingKind, world: int) -> int:
-    """The largest piece of a table and its optimiser's state."""
+    """What the largest piece of a table and its optimiser's state take of a device's memory."""
     rows = math.ceil(table.rows / world) if kind == "row_wise" else table.rows
     columns = table.columns // table.parts if kind == "column_wise" else table.columns
-    return table_bytes(rows, columns) + table_state_bytes(table.optimizer, rows, columns)
+    return math.ceil(held_bytes(table.optimizer, table.memory, rows, columns).device)
+
+
+def kernels(table: TableWork) -> dict[str, Any]:
+    """TorchRec's constraints that put a table where the config says: its compute kernel, and what of it is cached."""
+    if table.optimizer == "adam":
+        return {}
+    found: dict[str, Any] = {"compute_kernels": [KERNELS[table.memory.kind]]}
+    if table.memory.kind == "uvm_caching":
+        found["cache_params"] = CacheParams(load_factor=table.memory.cache_load_factor)
+    return found
+
+
+def _offered(kernels: list[str], device: str) -> list[str]:
+    """A sharder's kernels and, on a GPU, those of the other memories: training takes them table by table."""
+    fused = EmbeddingComputeKernel.FUSED.value in kernels
+    return [*KERNELS.values()] if fused and device == "cuda" else kernels
+
+
+class _AnyMemory(Sharder):
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return _offered(super().compute_kernels(sharding_type, compute_device_type), compute_device_type)
+
+
+class _AnyMemorySequence(SequenceSharder):
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return _offered(super().compute_kernels(sharding_type, compute_device_type), compute_device_type)
 
 
 def topology(cluster: Cluster, free: float) -> Topology:
@@ -136,7 +169,7 @@ def topology(cluster: Cluster, free: float) -> Topology:
         TrainerConfig(world_size=cluster.world, local_world_size=cluster.per_node),
         HardwareConfig(
             hbm_cap_bytes=int(free) if cuda else None,
-            ddr_cap_bytes=None if cuda else int(free),
+            ddr_cap_bytes=int(cluster.usable_host_bytes / cluster.per_node) if cuda else int(free),
             intra_host_bw=hardware.nvlink_gbs * link,
             inter_host_bw=hardware.network_gbs * link,
             hbm_mem_bw=hardware.memory_gbs * memory,
@@ -199,6 +232,7 @@ def find_plan(work: Work, training: TrainingConfig, cluster: Cluster, batch: int
             sharding_types=list(kinds),
             min_partition=table.columns // table.parts,
             pooling_factors=list(table.lengths),
+            **kernels(table),
         )
     searches, name = proposers(len(work.tables), options, cluster.world)
     with _quiet():
@@ -220,13 +254,17 @@ def find_plan(work: Work, training: TrainingConfig, cluster: Cluster, batch: int
             timeout_seconds=SEARCH_SECONDS,
         )
         try:
-            found = planner.plan(work.module, sharders())
+            found = planner.plan(work.module, [_AnyMemory(), _AnyMemorySequence()])
         except PlannerError:
+            beside = ""
+            if any(table.memory.kind != "device" for table in work.tables):
+                each = cluster.usable_host_bytes / cluster.per_node
+                beside = f", or the {each / 1e9:,.1f} GB of its host's memory that are each one's share"
             raise CapacityError(
                 f"TorchRec's planner finds no plan: tables, their state, inputs and outputs do not fit the "
-                f"{free / 1e9:.1f} GB that each of {cluster.world} devices has free of the dense part. Take more "
-                f"nodes, a smaller --batch-size than {batch}, or 'sharding: auto', which cuts tables where they do not "
-                "fit"
+                f"{free / 1e9:.1f} GB that each of {cluster.world} devices has free of the dense part{beside}. Take "
+                f"more nodes, a smaller --batch-size than {batch}, or 'sharding: auto', which cuts tables where they "
+                "do not fit"
             ) from None
     tables = {(table.path, table.name): table for table in work.tables}
     plans = [
@@ -243,9 +281,27 @@ def check_fits(work: Work, cluster: Cluster, free: float) -> None:
 
     Raises:
         CapacityError: naming what is short and the nodes that would be enough.
+        ConfigError: tables are to lie beside a GPU's memory, on hardware that is none.
     """
-    sharded = [table for table in work.tables if table.optimizer != "adam"]
-    size = sum(table_bytes(t.rows, t.columns) + table_state_bytes(t.optimizer, t.rows, t.columns) for t in sharded)
+    sharded = [
+        held_bytes(table.optimizer, table.memory, table.rows, table.columns)
+        for table in work.tables
+        if table.optimizer != "adam"
+    ]
+    on_host, hosts = sum(held.host for held in sharded), cluster.usable_host_bytes * cluster.nodes
+    if on_host and cluster.hardware.device != "cuda":
+        raise ConfigError(
+            f"table_memory is beside a GPU's, and the hardware is a {cluster.hardware.device}; leave it out of the "
+            "config (--set), or plan for a GPU"
+        )
+    if on_host > hosts:
+        raise CapacityError(
+            f"tables in the hosts' memory take {on_host / 1e9:,.1f} GB, and {cluster.nodes} nodes have "
+            f"{hosts / 1e9:,.1f} GB: short by {(on_host - hosts) / 1e9:,.1f} GB. It takes --nodes "
+            f"{math.ceil(on_host / cluster.usable_host_bytes)} at least, nodes with more memory (--gpu-set "
+            "host_memory_gb=...), or fewer tables with that table_memory"
+        )
+    size = sum(held.device for held in sharded)
     capacity = max(free, 0.0) * cluster.world
     if free > 0 and size <= capacity:
         return

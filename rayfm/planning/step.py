@@ -13,8 +13,8 @@ from rayfm.planning.memory import (
     Memory,
     dense_bytes,
     dense_state_bytes,
+    held_bytes,
     io_bytes,
-    table_bytes,
     table_state_bytes,
 )
 from rayfm.planning.search import Cluster, Piece, Plan, TablePlan
@@ -37,10 +37,16 @@ class Load:
     """Ids and lengths that arrive from other ranks."""
     vectors: float = 0.0
     """Vectors sent to other ranks (and gradients received)."""
+    host_link: float = 0.0
+    """Read over the link to the host: rows that are in its memory. What is written back goes the other way."""
     memory: float = 0.0
     """Tables."""
     state: float = 0.0
     """Their optimiser's state."""
+    cache: float = 0.0
+    """Of tables in the host's memory."""
+    host: float = 0.0
+    """In the host's memory: tables, and state."""
     io: float = 0.0
     """Ids and vectors held."""
 
@@ -48,11 +54,22 @@ class Load:
         return Load(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
-def piece_load(table: TableWork, kind: str, piece: Piece, batch: int, world: int) -> Load:
+def piece_load(table: TableWork, kind: str, piece: Piece, batch: int, world: int, skew: float = 0.0) -> Load:
     """What a piece of a table makes its rank do in a step of ``batch`` examples a rank.
 
     All ids are counted as distinct, so that each has its row read and written. A row-wise piece gets its share of the
     ids, but pooled vectors (partial sums) of all examples; how those travel is `reduced_bytes`.
+
+    A row in the host's memory is read over the link by the look-up and by the update, and written by the update. Behind
+    a cache, what the cache misses is read over the link once and takes the place of a row that is written back.
+
+    Args:
+        table: the table.
+        kind: its sharding.
+        piece: the piece.
+        batch: examples a rank.
+        world: ranks.
+        skew: exponent of the law that ids follow, see `rayfm.planning.costs.cache_hits`.
     """
     share = piece.rows / table.rows
     examples = batch * world
@@ -60,15 +77,25 @@ def piece_load(table: TableWork, kind: str, piece: Piece, batch: int, world: int
     partial = kind == "row_wise" and table.pooled
     vectors = examples * table.vectors * (share if not table.pooled else 1.0)
     row = piece.columns * FLOAT
-    state = table_state_bytes(table.optimizer, piece.rows, piece.columns) / piece.rows
+    held = held_bytes(table.optimizer, table.memory, piece.rows, piece.columns)
+    all_state = table_state_bytes(table.optimizer, piece.rows, piece.columns) / piece.rows
+    state = held.state / piece.rows
+    near = 0.0 if table.memory.kind == "uvm" else row
+    missed = 0.0
+    if table.memory.kind == "uvm_caching":
+        missed = ids * (1 - costs.cache_hits(table.memory.cache_load_factor, skew))
+    over_link = missed * row if near else 2 * ids * row
     others = (world - 1) / world
     return Load(
-        forward=ids * (ID + row) + vectors * row,
-        backward=vectors * row + ids * (ID + 2 * row + 2 * state),
+        forward=ids * (ID + near) + vectors * row + 2 * missed * row,
+        backward=vectors * row + ids * (ID + 2 * near + 2 * state),
         ids=others * (ids * ID + examples * len(table.lengths) * LENGTH),
         vectors=0.0 if partial else others * vectors * row,
-        memory=table_bytes(piece.rows, piece.columns),
-        state=table_state_bytes(table.optimizer, piece.rows, piece.columns),
+        host_link=over_link + ids * (all_state - state),
+        memory=held.values,
+        state=held.state,
+        cache=held.cache,
+        host=held.host,
         io=io_bytes(ids, vectors, piece.columns, 0.0),
     )
 
@@ -88,8 +115,8 @@ def replicated_load(table: TableWork, batch: int) -> Load:
     return Load(forward=ids * (ID + row) + vectors * row, backward=vectors * row + ids * (ID + 2 * row))
 
 
-def rank_loads(plan: Plan, batch: int, world: int) -> list[Load]:
-    """What each rank does."""
+def rank_loads(plan: Plan, batch: int, world: int, skew: float = 0.0) -> list[Load]:
+    """What each rank does; ``skew`` is as of `piece_load`."""
     loads = [[0.0] * len(dataclasses.fields(Load)) for _ in range(world)]
     shared = Load()
     for placed in plan.tables:
@@ -99,7 +126,7 @@ def rank_loads(plan: Plan, batch: int, world: int) -> list[Load]:
         for piece in placed.pieces:
             key = (piece.rows, piece.columns)
             if key not in same:
-                same[key] = dataclasses.astuple(piece_load(placed.table, placed.kind, piece, batch, world))
+                same[key] = dataclasses.astuple(piece_load(placed.table, placed.kind, piece, batch, world, skew))
             mine = loads[piece.rank]
             for position, value in enumerate(same[key]):
                 mine[position] += value
@@ -122,6 +149,7 @@ def dense_memory(work: Work, training: TrainingConfig, batch: int) -> Memory:
     return Memory(
         tables=0.0,
         table_optimizer=0.0,
+        cache=0.0,
         dense=dense_bytes(replicated_parameters(work)),
         dense_optimizer=dense_state_bytes(training.dense, work.dense_parameters) + 2 * FLOAT * adam_tables,
         embedding=0.0,
@@ -132,7 +160,19 @@ def dense_memory(work: Work, training: TrainingConfig, batch: int) -> Memory:
 
 def rank_memory(load: Load, shared: Memory, received: float) -> Memory:
     """A rank's memory: what it holds of the tables, beside what all hold."""
-    return dataclasses.replace(shared, tables=load.memory, table_optimizer=load.state, embedding=load.io + received)
+    return dataclasses.replace(
+        shared,
+        tables=load.memory,
+        table_optimizer=load.state,
+        cache=load.cache,
+        embedding=load.io + received,
+    )
+
+
+def host_memory(loads: list[Load], per_node: int) -> float:
+    """Bytes of tables in the memory of the fullest node's host, ``per_node`` ranks a node."""
+    nodes = [loads[first : first + per_node] for first in range(0, len(loads), per_node)]
+    return max(sum(load.host for load in node) for node in nodes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +182,7 @@ class StepTime:
     host_to_device: float
     ids_all_to_all: float
     lookup: float
+    host_rows: float
     vectors_forward: float
     dense_forward: float
     dense_backward: float
@@ -168,7 +209,7 @@ class StepTime:
     @property
     def overlapped(self) -> float:
         """Computing, links and copying at the same time: no pipeline is faster."""
-        return max(self.device, self.links, self.host_to_device)
+        return max(self.device, self.links, self.host_to_device + self.host_rows)
 
     @property
     def bottleneck(self) -> str:
@@ -180,7 +221,7 @@ class StepTime:
 def step_time(work: Work, plan: Plan, cluster: Cluster, batch: int, precision: Precision) -> StepTime:
     """The time of a step of ``batch`` examples a rank."""
     hardware, world = cluster.hardware, cluster.world
-    loads = rank_loads(plan, batch, world)
+    loads = rank_loads(plan, batch, world, hardware.id_skew)
     memory = hardware.memory_gbs * 1e9
     links = _Links(cluster)
     width = 2 if precision == "bf16" else 4
@@ -208,6 +249,7 @@ def step_time(work: Work, plan: Plan, cluster: Cluster, batch: int, precision: P
         else costs.moved(batch * work.batch_bytes, hardware.host_gbs * 1e9, hardware.link_efficiency),
         ids_all_to_all=links.all_to_all(ids) + links.start_up(2 * calls),
         lookup=costs.moved(max(load.forward for load in loads), memory, hardware.memory_efficiency),
+        host_rows=costs.moved(max(load.host_link for load in loads), hardware.host_gbs * 1e9, hardware.link_efficiency),
         vectors_forward=exchange,
         dense_forward=forward,
         dense_backward=2 * forward,

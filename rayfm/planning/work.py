@@ -19,7 +19,7 @@ from rayfm.models.build import build_model
 from rayfm.models.size import ModelSize, model_size
 from rayfm.models.synthetic import DEFAULT_MAX_LEN, synthetic_batch
 from rayfm.schema import Schema
-from rayfm.training.config import TableOptimizerName, TrainingConfig
+from rayfm.training.config import TableMemory, TableOptimizerName, TrainingConfig
 from rayfm.training.optim import fuse_table_optimizers
 from rayfm.training.sharding import collections, table_configs
 
@@ -50,6 +50,8 @@ class TableWork:
     optimizer: TableOptimizerName
     parts: int
     """Parts that it is cut into where it is column-wise."""
+    memory: TableMemory = dataclasses.field(default_factory=TableMemory)
+    """Where its rows are on a GPU's node."""
 
     @property
     def ids(self) -> float:
@@ -163,6 +165,9 @@ def table_work(module: nn.Module, schema: Schema, training: TrainingConfig) -> t
             lengths=tuple(longest[name] for name in table.feature_names),
             optimizer=training.optimizer_of(table.name).type,
             parts=training.column_parts_of(table.embedding_dim),
+            memory=training.memory_of(table.name)
+            if training.optimizer_of(table.name).type != "adam"
+            else TableMemory(),
         )
         for path, collection in collections(module).items()
         for table in table_configs(collection)

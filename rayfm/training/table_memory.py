@@ -12,18 +12,19 @@ from torchrec.distributed.types import CacheParams, ParameterSharding, ShardedMo
 
 from rayfm.training.config import TableMemory
 
-_KERNELS = {
+KERNELS = {
     "device": EmbeddingComputeKernel.FUSED.value,
     "uvm": EmbeddingComputeKernel.FUSED_UVM.value,
     "uvm_caching": EmbeddingComputeKernel.FUSED_UVM_CACHING.value,
 }
+"""Kind of memory -> TorchRec's compute kernel."""
 
 
 def set_memory(sharding: ParameterSharding, memory: TableMemory) -> None:
     """Say in a table's part of TorchRec's plan where its rows are. A replicated table is left as it is."""
     if sharding.compute_kernel == EmbeddingComputeKernel.DENSE.value:
         return
-    sharding.compute_kernel = _KERNELS[memory.kind]
+    sharding.compute_kernel = KERNELS[memory.kind]
     if memory.kind == "uvm_caching":
         sharding.cache_params = CacheParams(load_factor=memory.cache_load_factor)
 

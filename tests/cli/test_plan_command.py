@@ -98,3 +98,20 @@ def test_short_forms() -> None:
     assert ranks([], 1) == "0"
     assert ranks([5, 3, 3], 8) == "3,5"
     assert ranks([0, 1, 2, 3, 4], 8) == "5 of 8"
+
+
+def test_tables_on_the_host_are_said_with_what_is_assumed(
+    tmp_path: Path, planned: Callable[..., tuple[int, str, str]]
+) -> None:
+    path, gpu = write_config(tmp_path), ("--set", "teachers.fm.training.gpus_per_worker=1")
+    plain = planned(path, *gpu)[1]
+    assert "cache of rows" not in plain
+    assert "rows of the host" not in plain
+    code, out, err = planned(path, *gpu, "--set", "teachers.fm.training.table_memory.kind=uvm_caching")
+    assert code == 0, err
+    for line in ("cache of rows", "rows of the host", "tables, a node's host", "of 2000"):
+        assert line in out, line
+    assert ", 20% cached" in out
+    flat = " ".join(out.split())
+    assert "host memory 2,000 GB a node; cache hits 72% at 20% of the rows (ids after Zipf's law, exponent 0.8:" in flat
+    assert "cache hits" not in planned(path, *gpu, "--set", "teachers.fm.training.table_memory.kind=uvm")[1]

@@ -147,7 +147,7 @@ def test_the_longest_part_is_the_bottleneck_and_has_advice():
     assert set(ADVICE) == set(parts)
     time = StepTime(*(float(position) for position in range(len(parts))))
     assert time.bottleneck == parts[-1]
-    assert time.overlapped == max(time.device, time.links, time.host_to_device)
+    assert time.overlapped == max(time.device, time.links, time.host_to_device + time.host_rows)
 
 
 SCHEMA = Schema.model_validate(
