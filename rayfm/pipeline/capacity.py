@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from rayfm.config import CapacityError
 from rayfm.pipeline.config import PipelineConfig, ServingConfig
+from rayfm.training.config import TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +19,16 @@ class Need:
     gpus: float = 0.0
 
 
-def needs(config: PipelineConfig) -> list[Need]:
-    """What runs side by side: every trainer group, every teacher's replicas, and the room kept for Ray Data tasks."""
+def needs(config: PipelineConfig, grown: bool = False) -> list[Need]:
+    """What runs side by side: every trainer group, every teacher's replicas, and the room kept for Ray Data tasks.
+
+    Args:
+        config: the pipeline's config.
+        grown: elastic trainers, and services that follow their load, at their largest; otherwise at their smallest.
+    """
     found = []
     for name, teacher in config.teachers.items():
-        training = teacher.training
+        training = _sized(teacher.training, grown)
         found.append(
             Need(
                 f"trainer {name} ({training.workers} x {training.cpus_per_worker:g})",
@@ -30,15 +37,16 @@ def needs(config: PipelineConfig) -> list[Need]:
             )
         )
         serving = config.serving
+        replicas = (grown and serving.max_replicas) or serving.replicas
         found.append(
             Need(
-                f"service {name} ({serving.replicas} x {_terms(serving)})",
-                serving.replicas * (serving.cpus + _members(serving) * serving.member_cpus),
-                serving.replicas * (serving.gpus + _members(serving) * serving.member_gpus),
+                f"service {name} ({replicas} x {_terms(serving)})",
+                replicas * (serving.cpus + _members(serving) * serving.member_cpus),
+                replicas * (serving.gpus + _members(serving) * serving.member_gpus),
             )
         )
     for name in sorted({student.group for student in config.students.values()}):
-        training = config.groups[name]
+        training = _sized(config.groups[name], grown)
         found.append(
             Need(
                 f"trainer {name} ({training.workers} x {training.cpus_per_worker:g})",
@@ -63,6 +71,62 @@ def guarded_trainers(config: PipelineConfig) -> int:
     return teachers + (len(groups) if "students" in config.promotion.roles else 0)
 
 
+def _sized(training: TrainingConfig, grown: bool) -> TrainingConfig:
+    if not grown or training.max_workers is None:
+        return training
+    return training.model_copy(update={"workers": training.max_workers})
+
+
+def elastic_trainers(config: PipelineConfig) -> dict[str, TrainingConfig]:
+    """Teachers and groups whose workers may become more, by name."""
+    groups = sorted({student.group for student in config.students.values()})
+    trainers = {name: teacher.training for name, teacher in config.teachers.items()}
+    trainers |= {name: config.groups[name] for name in groups}
+    return {name: t for name, t in trainers.items() if t.max_workers is not None and t.max_workers > t.workers}
+
+
+def check_growth(config: PipelineConfig, cpus: float, gpus: float = 0.0) -> None:
+    """Refuse elastic trainers that could grow over what the other parts need.
+
+    Ray Train counts what a cluster's nodes have, less what other trainers asked for: what replicas and tasks hold it
+    does not see, and a group that has grown over it waits for workers that find no place, and holds what others need.
+
+    Args:
+        config: the pipeline's config.
+        cpus: of the cluster at its largest.
+        gpus: likewise.
+
+    Raises:
+        CapacityError: with the arithmetic.
+    """
+    elastic = elastic_trainers(config)
+    if not elastic:
+        return
+    wanted = needs(config, grown=True)
+    for unit, have, amounts, each in (
+        ("CPUs", cpus, [need.cpus for need in wanted], {n: t.cpus_per_worker for n, t in elastic.items()}),
+        ("GPUs", gpus, [need.gpus for need in wanted], {n: t.gpus_per_worker for n, t in elastic.items()}),
+    ):
+        total = sum(amounts)
+        if total <= have + 1e-9 or not any(each.values()):
+            continue
+        terms = " + ".join(f"{amount:g} {need.part}" for need, amount in zip(wanted, amounts, strict=True) if amount)
+        advice = f"lower max_workers of {', '.join(elastic)}"
+        if len(elastic) == 1:
+            ((name, training),) = elastic.items()
+            fits = (training.max_workers or 0) - math.ceil((total - have - 1e-9) / each[name])
+            advice += (
+                f" to {fits}" if fits > training.workers else f" (no more than its {fits} workers fit: leave it out)"
+            )
+            if fits < training.workers:
+                advice = "take away what services may grow to (max_replicas), or max_workers"
+        raise CapacityError(
+            f"grown as far as it may, the plan takes {total:g} {unit} and Ray has {have:g} at its largest: {terms}. "
+            f"Ray Train does not see what replicas hold, and would grow over it: {advice}, join a larger "
+            f"cluster, or say how large it grows (ray.max_{unit.lower()})"
+        )
+
+
 def _members(serving: ServingConfig) -> int:
     return serving.members if serving.members > 1 else 0
 
@@ -73,7 +137,7 @@ def _terms(serving: ServingConfig) -> str:
 
 
 def check_capacity(config: PipelineConfig, cpus: float, gpus: float = 0.0) -> None:
-    """Refuse a plan that would deadlock for want of CPUs or GPUs.
+    """Refuse a plan that would deadlock for want of CPUs or GPUs, now or once its elastic trainers have grown.
 
     Raises:
         CapacityError: with the arithmetic.
@@ -92,3 +156,4 @@ def check_capacity(config: PipelineConfig, cpus: float, gpus: float = 0.0) -> No
                 f"the plan needs {total:g} {unit} at once and Ray has {have:g}: {terms}; lower workers or "
                 "cpus_per_worker, start Ray with more (--set ray.cpus=N), or join a larger cluster (ray.address)"
             )
+    check_growth(config, cpus, gpus)
