@@ -13,6 +13,7 @@ ROOMS = [
     "client",
     "schema",
     "metrics",
+    "operations",
     "theory",
     "data",
     "models",
@@ -29,6 +30,7 @@ ROOMS = [
     "report",
     "pipeline",
     "reproduce",
+    "submission",
     "cli",
 ]
 """From the ground floor up; a room imports only from those before it. The pipeline ends with the report it writes."""

@@ -18,7 +18,7 @@ from rayfm.config.durable import write_whole
 log = logging.getLogger(__name__)
 
 
-class MLflowConfig(Config):
+class MlflowConfig(Config):
     """A tracking server. Needs ``pip install 'rayfm[mlflow]'``."""
 
     uri: str
@@ -31,7 +31,7 @@ class TrackingConfig(Config):
 
     tensorboard: bool = True
     """Write event files to ``tensorboard/`` in the run's folder."""
-    mlflow: MLflowConfig | None = None
+    mlflow: MlflowConfig | None = None
 
 
 class Tracker(Protocol):
@@ -92,7 +92,7 @@ class MLflow:
         ConfigError: MLflow is not installed.
     """
 
-    def __init__(self, config: MLflowConfig, name: str, folder: Path, parameters: Mapping[str, str]) -> None:
+    def __init__(self, config: MlflowConfig, name: str, folder: Path, parameters: Mapping[str, str]) -> None:
         try:
             import mlflow
         except ImportError:

@@ -247,6 +247,7 @@ def training_config(config: PipelineConfig, available: list[str], here: bool = F
         "endpoints": {},
         "tune": None,
         "select": None,
+        "promotion": None,
     }
     return validate(PipelineConfig, mapping, "select")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfm.operations.tracking import MLflow, MLflowConfig, TensorBoard
+from rayfm.operations.tracking import MLflow, MlflowConfig, TensorBoard
 
 
 def points(folder: Path, name: str) -> list[tuple[int, float]]:
@@ -30,12 +30,12 @@ def test_scalars_stand_by_model_and_period_once_also_after_a_second_start(tmp_pa
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MLflowConfig:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowConfig:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    return MLflowConfig(uri=f"file://{tmp_path}/mlruns", experiment="ads")
+    return MlflowConfig(uri=f"file://{tmp_path}/mlruns", experiment="ads")
 
 
-def test_mlflow_has_one_run_with_each_period_once(tmp_path: Path, server: MLflowConfig):
+def test_mlflow_has_one_run_with_each_period_once(tmp_path: Path, server: MlflowConfig):
     import mlflow
 
     for _ in range(2):
@@ -54,7 +54,7 @@ def test_mlflow_has_one_run_with_each_period_once(tmp_path: Path, server: MLflow
 
 
 def test_a_server_that_is_away_stops_nothing_and_gets_the_periods_later(
-    tmp_path: Path, server: MLflowConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: MlflowConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     tracker = MLflow(server, "demo", tmp_path, {})
     real, calls = tracker._client, []

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from rayfm.operations.alerts import AlertsConfig
 from rayfm.operations.metrics import (
     ALERT,
     CALIBRATION,
+    COVERAGE,
+    LABELLED_ROWS,
     LAG_SECONDS,
     LOGLOSS,
     LOSS,
@@ -33,6 +37,11 @@ from rayfm.operations.metrics import (
     REFUSED,
     REFUSED_NOW,
     RMSE,
+    SERVED_PERIOD,
+    SERVED_PUBLISHED,
+    SWAP_SECONDS,
+    SWAPS,
+    TEACHER_FRESHNESS,
     TRAINED_THROUGH,
     Captured,
     capture,
@@ -175,13 +184,20 @@ def test_the_figure_is_the_metric_of_progressive_validation(ran: Ran) -> None:
     path = ran.pipeline.run_dir / "trainers" / "students" / "metrics" / DAYS[2] / f"{VM}.npz"
     sums = MetricState.load(path).cell(0, "click").sums.sum(0)
     rate = float(sums[2] / sums[1])
-    entropy = -(rate * _log(rate) + (1 - rate) * _log(1 - rate))
+    entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
     assert refused.figures[0].value == pytest.approx(float(sums[4] / sums[1]) / entropy, rel=1e-4)
 
 
 def test_a_refused_teacher_does_not_label(ran: Ran) -> None:
     tickets = [ran.pipeline.tickets.get("labelled", "fm", day) for day in DAYS[1:]]
     assert [ticket["trained_through"] for ticket in tickets if ticket] == [DAYS[0], DAYS[0], DAYS[2], DAYS[3]]
+
+
+def test_label_jobs_record_coverage_and_freshness(ran: Ran) -> None:
+    labels = {"run": "small", "teacher": "fm"}
+    assert ran.seen.get(COVERAGE, kind="impression", **labels) == 1.0
+    assert ran.seen.get(LABELLED_ROWS, **labels) == 4 * 1200
+    assert ran.seen.get(TEACHER_FRESHNESS, **labels) == 86_400, "the day before labelled the last one"
 
 
 def test_metrics_log_events_and_list_say_so(ran: Ran) -> None:
@@ -235,9 +251,15 @@ def test_nobody_serves_a_refused_or_undecided_version_by_itself(ran: Ran, tmp_pa
     assert current is not None
     assert current.version == ran.version(VM, DAYS[3])
     assert ran.version(VM, POISONED) not in pointer.older(current)
-    follower = NewestFollower(ran.store, VM, poll_s=60.0)
+    with capture() as seen:
+        follower = NewestFollower(ran.store, VM, poll_s=60.0)
     assert follower.current().version == ran.version(VM, DAYS[3])
     follower.close()
+    served = {"run": "small", "model": VM}
+    assert seen.get(SWAPS, **served) == 1
+    assert len(seen.get(SWAP_SECONDS, **served)) == 1
+    assert seen.get(SERVED_PERIOD, **served) == FIRST_DAY_US / 1e6 + 3 * 86_400
+    assert time.time() - 600 < seen.get(SERVED_PUBLISHED, **served) <= time.time()
 
 
 def test_people_may_pin_or_promote_what_the_guard_refused(ran: Ran, tmp_path: Path) -> None:
@@ -348,12 +370,6 @@ def test_without_the_key_nothing_is_guarded(ran: Ran) -> None:
     assert json.loads(next(ran.pipeline.run_dir.glob(f"snapshots/{VM}/*/manifest.json")).read_text())["extra"] == {
         "guarded": True
     }
-
-
-def _log(value: float) -> float:
-    import math
-
-    return math.log(value)
 
 
 _WAITS = Promotion(decision="refused", by="nobody", reason="nothing was decided", at="")
