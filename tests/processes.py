@@ -39,11 +39,11 @@ def context() -> ForkServerContext:
     return found
 
 
-def start(work: Callable[..., None], args: tuple[Any, ...], processes: int) -> None:
-    """Call ``work(rank, *args)`` in ``processes`` processes, side by side, until all are done.
+def start(work: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None:
+    """Call ``work(rank, *args)`` in ``nprocs`` processes, side by side, until all are done.
 
     Raises:
         ProcessRaisedException, ProcessExitedException: one failed; the others are ended.
     """
     context()
-    torch.multiprocessing.start_processes(work, args, nprocs=processes, start_method="forkserver")
+    torch.multiprocessing.start_processes(work, args, nprocs=nprocs, start_method="forkserver")

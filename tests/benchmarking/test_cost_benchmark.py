@@ -97,8 +97,9 @@ def test_a_period_written_anew_has_the_same_rows_in_time_order(tmp_path: Path):
 
 
 def test_a_failed_process_is_an_error(tmp_path: Path):
-    with pytest.raises(RuntimeError, match="2025-01-01"):
-        period.run(Task(str(tmp_path), "2025-01-01"))
+    """With what it did, and what it said last."""
+    with pytest.raises(RuntimeError, match=r"period='2025-01-01'.*: no such store$"):
+        period.run(Task(str(tmp_path), "2025-01-01"), under="sh -c 'echo no such store >&2; exit 3'")
 
 
 def test_saved_costs_are_drawn(tmp_path: Path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -82,7 +83,8 @@ def test_memories_of_a_gpu_are_refused_without_one() -> None:
         gpu_training.step_rate(CPU, schema(2), 16, 4, table_memory={"kind": "uvm"})
 
 
-def test_workers_exchange() -> None:
+def test_workers_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.multiprocessing, "spawn", processes.start)
     found = gpu_training.exchange("cpu", 2, rows=8, count=3, sparse=2)
     assert found.keys() == {"none", "sparse_dist"}
     assert all(values["rows/s"] > 0 for values in found.values())

@@ -25,7 +25,7 @@ from rayfm.models.build import build_model
 from rayfm.models.synthetic import synthetic_batch
 from rayfm.schema import Schema
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = cases.Sizes(embedding_dim=4, hidden=(8, 4), cross_layers=2, batch=16)
 
 
