@@ -1,9 +1,8 @@
-"""docs/logs.md does what it says: its log, its config and its commands, on fewer rows."""
+"""docs/logs.md does what it says up to the training, on fewer rows; a run is a minute, and tests/pipeline has one."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shlex
 import sys
@@ -13,7 +12,7 @@ import pytest
 
 from rayfm.cli.main import main
 from rayfm.pipeline.config import load_config
-from rayfm.pipeline.stream import run
+from rayfm.pipeline.parts import prepare
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "logs.md"
 
@@ -22,7 +21,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_from_a_parquet_folder_to_a_report(
+def test_the_log_fits_the_config(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -39,12 +38,7 @@ def test_from_a_parquet_folder_to_a_report(
         with contextlib.suppress(SystemExit):  # `doctor` ends with 1 on a machine that is too small for the plan
             main()
         assert expected in capsys.readouterr().out
-    result = run(load_config(Path("shop.yaml")))
-    assert result.report.samefile("runs/shop/report.html")
-    metrics = json.loads(Path("runs/shop/summary.json").read_text())["metrics"]
-    assert {(row["model"], row["variant"]) for row in metrics} >= {
-        ("large", "teacher"),
-        ("small", "none"),
-        ("small", "direct"),
-        ("small", "auxiliary"),
-    }
+    manifests = prepare(load_config(Path("shop.yaml")))
+    assert [manifest.rows("impression") for manifest in manifests] == [100] * 5
+    assert not list(Path("runs/data/shop/rejects").glob("*")), "every row can be used"
+    assert "`rayfm prepare shop.yaml`" in PAGE.read_text()

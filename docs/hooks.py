@@ -23,22 +23,22 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 REVISION = "main"
 
-API = {
-    "rayfm": "The functions of the command line.",
-    "rayfm.client": "Scoring and near-line labels from other programs.",
-    "rayfm.config": "Strict configuration: the base class, the registry, the errors.",
-    "rayfm.schema": "What an example, a feature, a table and a task are.",
-    "rayfm.data.sources.base": "What a source of logs is.",
-    "rayfm.data.batch": "What models are given.",
-    "rayfm.models.base": "What a model is.",
-    "rayfm.distill.base": "What an objective is.",
-    "rayfm.metrics.functions": "Metrics as pure functions of sums.",
-    "rayfm.metrics": "Metrics as they are gathered, with their intervals.",
-    "rayfm.labels": "The label store.",
-    "rayfm.snapshots": "Published versions, and the metadata store with leases.",
-    "rayfm.report": "Tables and plots of a run.",
-}
-"""The public modules, with a line about each."""
+API = (
+    "rayfm",
+    "rayfm.client",
+    "rayfm.config",
+    "rayfm.schema",
+    "rayfm.data.sources.base",
+    "rayfm.data.batch",
+    "rayfm.models.base",
+    "rayfm.distill.base",
+    "rayfm.metrics.functions",
+    "rayfm.metrics",
+    "rayfm.labels",
+    "rayfm.snapshots",
+    "rayfm.report",
+)
+"""The public modules; each page begins with the module's docstring."""
 
 _FENCE = re.compile(r"^( *)```.*?^\1```[^\n]*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))|((?:src|href)=\")([^\"]+)(\")")
@@ -65,12 +65,8 @@ def linked(markdown: str, repository: str) -> str:
 
 def api_pages() -> dict[str, str]:
     """Path and text of each page of the Python API."""
-    pages = {}
-    for module, line in API.items():
-        pages[f"api/{module}.md"] = (
-            f"# `{module}`\n\n{line}\n\n::: {module}\n    options: {{show_root_heading: false}}\n"
-        )
-    return pages
+    options = "    options: {show_root_heading: false}\n"
+    return {f"api/{module}.md": f"# `{module}`\n\n::: {module}\n{options}" for module in API}
 
 
 def _named(nav: Any) -> Iterator[str]:
