@@ -22,7 +22,7 @@ LIMIT_BYTES = 100 * 2**20
 IGNORE_FILES = (".gitignore", ".rayignore")
 LEFT_OUT = frozenset(
     {".git", ".venv", "venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".tox"}
-    | {".import_linter_cache", ".ipynb_checkpoints", "node_modules"}
+    | {".import_linter_cache", ".ipynb_checkpoints", "node_modules", ".env"}
 )
 """Names that are left out wherever they stand."""
 LEFT_OUT_AT_TOP = frozenset({"runs", "data"})
@@ -127,9 +127,9 @@ def megabytes(size: int) -> str:
 def collect(folder: Path, left_out: Iterable[Path] = ()) -> Package:
     """What of a folder goes to the cluster, and ``rayfm`` itself where the folder has none.
 
-    Left out are version control, environments and caches; ``runs`` and ``data`` at the top; what ``.gitignore`` (of
-    this folder, those below and those above up to the repository's top) or ``.rayignore`` names. Ray's variable
-    ``RAY_RUNTIME_ENV_IGNORE_GITIGNORE=1`` lets ``.gitignore`` not count.
+    Left out are version control, environments and caches; ``.env`` and the file of Ray's token; ``runs`` and ``data``
+    at the top; what ``.gitignore`` (of this folder, those below and those above up to the repository's top) or
+    ``.rayignore`` names. Ray's variable ``RAY_RUNTIME_ENV_IGNORE_GITIGNORE=1`` lets ``.gitignore`` not count.
 
     Args:
         folder: the working directory.
@@ -142,6 +142,8 @@ def collect(folder: Path, left_out: Iterable[Path] = ()) -> Package:
         raise ConfigError(f"--working-dir {folder}: no such folder")
     folder = folder.resolve()
     besides = {Path(os.path.abspath(path)) for path in left_out} | {folder / name for name in LEFT_OUT_AT_TOP}
+    if token := os.environ.get("RAY_AUTH_TOKEN_PATH"):  # whoever may read the package would have it
+        besides.add(Path(token).resolve())
     above = _rules_above(folder)
     if any(rule.excludes(folder, True) for rule in above):
         above = []  # the folder itself is ignored, and yet it was named

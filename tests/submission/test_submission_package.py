@@ -85,6 +85,13 @@ def test_rayfm_goes_with_a_project_that_has_none_of_its_own(tmp_path: Path) -> N
     assert list(clone.files) == ["c.yaml", "rayfm/__init__.py"]
 
 
+def test_secrets_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tree(tmp_path, "c.yaml", ".env", "keys/ray-token", "keys/readme")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "keys/ray-token")
+    assert sent(collect(folder)) == ["c.yaml", "keys/readme"]
+
+
 def test_equal_files_make_equal_archives(tmp_path: Path) -> None:
     package = Package(tmp_path, {name: tree(tmp_path, name) / name for name in ("a/run.sh", "b.txt")})
     package.files["a/run.sh"].chmod(0o755)
