@@ -20,6 +20,8 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray makes its workers nicer than all else: beside tests that compute in their own process they would starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# How often Ray Train looks whether its workers are done, or dead: every 2 s otherwise.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
 # Sums of several threads differ in their last bits, and some tests compare bits; Ray gives its workers one too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 warnings.filterwarnings("ignore")
@@ -36,9 +38,44 @@ RAY: dict[str, Any] = {
 }
 
 
+LONG = (
+    "soak/test_soak.py",
+    "pipeline/test_job_submit.py",
+    "pipeline/test_run.py",
+    "training/test_elastic_fit.py",
+    "reproduce/test_quick.py",
+    "pipeline/test_s3_run.py",
+    "serving/test_gang.py",
+    "training/test_resharding.py",
+    "pipeline/test_follow_run.py",
+    "training/test_train_pipeline.py",
+    "export/test_student.py",
+    "training/test_exactly_once.py",
+    "training/test_trainer_errors.py",
+    "serving/test_nearline_service.py",
+    "serving/test_endpoints_ray.py",
+)
+"""Files of half a minute and more, the longest first."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What replaces the session's Ray comes last."""
-    items.sort(key=lambda item: "fresh_ray" in getattr(item, "fixturenames", ()))
+    """Long files first, so that the processes that share the files end together; the others stay as they are."""
+    place = {TESTS / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
+
+
+def start_ray() -> None:
+    """A Ray for tests, with what its workers find in their environment."""
+    import ray
+
+    # Workers import what tests hand them (look-ups, loops) by module name.
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(TESTS) not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), *paths]))
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in buckets.KEYS.items():  # workers have the keys of a bucket from the environment of their node
+            environment.setenv(name, value)
+        ray.init(**RAY)
 
 
 @pytest.fixture(scope="session")
@@ -46,29 +83,35 @@ def ray_session() -> Iterator[None]:
     """The one Ray of the test session; 4 logical CPUs so that small groups fit side by side on any machine."""
     import ray
 
-    # Workers import what tests hand them (look-ups, loops) by module name.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in buckets.KEYS.items():  # workers have the keys of a bucket from the environment of their node
-            environment.setenv(name, value)
-        ray.init(**RAY)
+    start_ray()
     yield
     ray.shutdown()
 
 
 @pytest.fixture
-def fresh_ray(ray_session: None) -> None:
-    """A new Ray in the session's place, for a test that starts Ray Serve on ports of its own.
+def fresh_ray(ray_session: None) -> Iterator[None]:
+    """A Ray without Ray Serve, for a test that starts Serve on ports of its own; the tests after it have another.
 
     Serve's ports cannot be changed while it runs, and worker processes hold on to the Serve that they met first: after
     another one is started, a task in such a process waits for the dead one for ever.
     """
     import ray
     from ray import serve
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-    serve.shutdown()
-    ray.shutdown()
-    ray.init(**RAY)
+    def anew() -> None:
+        serve.shutdown()
+        ray.shutdown()
+        start_ray()
+
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        pass  # none was started in this one
+    else:
+        anew()
+    yield
+    anew()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The main job, whole: it runs, and refuses what does not fit. One that is killed and goes on is in `test_job_submit`."""
+"""The main job, whole: it runs, and refuses what does not fit. A killed one that goes on is in `test_job_submit`."""
 
 from __future__ import annotations
 
