@@ -12,8 +12,9 @@ FBGEMM := $(if $(filter gpu,$(DEVICE)),fbgemm-gpu,fbgemm-gpu-cpu)==1.8.0
 # find a CPU build elsewhere (a local index, a wheel folder), set TORCH_INDEX to nothing.
 TORCH_INDEX ?= $(if $(filter gpu,$(DEVICE)),,$(shell $(PYTHON) -m pip config list 2>/dev/null | grep -q find-links || echo --extra-index-url https://download.pytorch.org/whl/cpu))
 
-# Tests share two processes, file by file; each has one Ray. 0 runs them in one.
-TEST_PROCESSES ?= 2
+# Tests share three processes, file by file; each has one Ray. Two cores hold them: what takes long waits for processes
+# to start or to be noticed dead. 0 runs them in one.
+TEST_PROCESSES ?= 3
 
 # Faults, and seconds between them on average; 200 take most of an hour on two cores. Needs ZooKeeper and Redis.
 SOAK ?= --faults 200 --mean-s 5
