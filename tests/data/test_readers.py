@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from rayfm.data import reader as reader_module
 from rayfm.data.batch import Batch
 from rayfm.data.encode import Encoder
 from rayfm.data.reader import ArrowReader, RayDataReader
+from rayfm.data.span import ReadSpan
 from rayfm.data.steps import ReadPlan
 from rayfm.data.store import ExampleStore
 from rayfm.schema import string_ids, table_rows
@@ -285,6 +287,49 @@ def test_ray_data_names_a_corrupt_lane_as_the_direct_reader_does(tmp_path: Path,
     assert messages[0] == messages[1]
     assert "\n" not in messages[0]
     assert "Traceback" not in capfd.readouterr().err
+
+
+def read_here(monkeypatch: pytest.MonkeyPatch, order: Callable[[int], list[int]]) -> None:
+    """Have `RayDataReader` get its blocks without Ray, in this ``order`` of their places."""
+
+    def run(reader: RayDataReader, rank: int, world: int) -> Iterator[tuple[tuple[str, int, int], pa.Table]]:
+        spans = reader._spans
+        read = ReadSpan(reader.plan, spans, [4] * len(spans), rank, world)
+        for span, place in zip(spans, order(len(spans)), strict=True):
+            yield span, read(pa.table({"span": [place]}))
+
+    monkeypatch.setattr(RayDataReader, "_run", run)
+
+
+def test_blocks_in_their_order_are_read_as_directly(store: ExampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_here(monkeypatch, lambda count: list(range(count)))
+    plan, encoder = make(store)
+    pairs = zip(
+        RayDataReader(plan, encoder, ["2024-01-01"], 1, 2).batches("2024-01-01"),
+        ArrowReader(plan, encoder, 1, 2).batches("2024-01-01"),
+        strict=True,
+    )
+    for left, right in pairs:
+        assert_equal(left, right)
+
+
+@pytest.mark.parametrize("moved", [1, -1])
+def test_a_block_of_other_steps_is_refused_before_it_is_trained(
+    store: ExampleStore, monkeypatch: pytest.MonkeyPatch, moved: int
+) -> None:
+    """Were the pipeline to lose its order: whatever came first, none of its rows is taken for those that are due."""
+    monkeypatch.setattr(reader_module, "ROW_GROUP", 64)
+    read_here(monkeypatch, lambda count: [(place + moved) % count for place in range(count)])
+    plan, encoder = make(store)
+    reader = RayDataReader(plan, encoder, ["2024-01-01"])
+    (_, first, last), steps = reader._spans[0], reader.steps("2024-01-01")
+    assert len(reader._spans) > 2
+    period, start, stop = reader._spans[moved]
+    due = rf"Ray Data gave steps {start}\.\.{stop - 1} where {first}\.\.{last - 1} are due"
+    assert (period, stop <= steps) == ("2024-01-01", True)
+    batches = reader.batches("2024-01-01")
+    with pytest.raises(DataError, match=due):
+        next(batches)
 
 
 def test_batch_size_that_does_not_divide_into_lanes_is_refused(store: ExampleStore) -> None:
