@@ -134,3 +134,15 @@ def test_a_page_without_a_place_in_the_navigation_gets_one(hooks: ModuleType) ->
     more = next(item["More"] for item in nav if "More" in item)
     assert "labels.md" in more
     assert "index.md" not in more
+
+
+def test_tables_and_lists_are_what_they_are_on_a_code_host(site: Path) -> None:
+    """Python's Markdown wants an empty line before them and four spaces inside, a code host does not."""
+    for page in sorted(DOCS.glob("*.md")):
+        text = re.sub(r"^( *)```.*?^\1```[^\n]*$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        made = (site / f"{page.stem}.html").read_text()
+        made = made[made.index("<article") : made.index("</article")]
+        rows = len(re.findall(r"^\|(?! ?:?-{3})", text, re.MULTILINE))
+        items = len(re.findall(r"^ *(?:[-*]|[1-9]\d*\.) ", text, re.MULTILINE))
+        assert made.count("<tr>") == rows, f"{page.name}: rows of tables"
+        assert made.count("<li>") == items, f"{page.name}: items of lists"
