@@ -32,7 +32,13 @@ def begin(folder: Path, day: int) -> None:
 
 @pytest.mark.timeout(400)
 def test_a_run_follows_its_log_until_it_is_terminated(tmp_path: Path) -> None:
-    path = write_config(tmp_path, follow={"poll_s": 0.2}, ray={"cpus": 2})  # three days, two of them complete
+    path = write_config(  # three days, two of them complete
+        tmp_path,
+        follow={"poll_s": 0.2},
+        ray={"cpus": 2},
+        promotion={"rules": [{"metric": "logloss", "margin": 10.0}]},
+        logging={"format": "json", "level": "info"},
+    )
     run_dir = tmp_path / "runs" / "small"
     process = subprocess.Popen(
         [sys.executable, "-m", "rayfm.cli.main", "run", str(path), "--follow"],
@@ -50,10 +56,19 @@ def test_a_run_follows_its_log_until_it_is_terminated(tmp_path: Path) -> None:
             assert time.monotonic() < deadline, f"the students never finished day {day}"
             time.sleep(0.05)
 
+    def wait_until_decided(day: int) -> None:
+        deadline = time.monotonic() + 120
+        while not list(run_dir.glob(f"snapshots/vm.none.1/{DAYS[day - 1]}-*/promotion.json")):
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline, f"nothing was decided on the version of day {day}"
+            time.sleep(0.05)
+
     try:
         wait_for(2)
+        wait_until_decided(1)
         begin(tmp_path, 4)
         begin(tmp_path, 5)
+        wait_until_decided(2)
         wait_for(4)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=90)
@@ -73,6 +88,18 @@ def test_a_run_follows_its_log_until_it_is_terminated(tmp_path: Path) -> None:
         event["version"] for event in events if event["event"] == "published" and event["model"] == "vm.none.1"
     ]
     assert len(published) == 4
+    decided = [event for event in events if event["event"] == "promotion" and event["model"] == "vm.none.1"]
+    assert [(event["period"], event["scored_on"], event["decision"]) for event in decided[:2]] == [
+        (DAYS[0], None, "promoted"),
+        (DAYS[1], DAYS[2], "promoted"),
+    ], "a version is decided on while the stream goes on, once the day after it is there"
+    assert decided[1]["rows"] == ROWS
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"time"')]
+    (finished,) = [line for line in lines if line["message"].startswith(f"students has finished {DAYS[3]}: ")]
+    about = {"run": "small", "role": "students", "trainer": "students", "period": DAYS[3], "examples": ROWS}
+    assert about.items() <= finished.items()
+    promoted = [line for line in lines if line["message"].startswith(f"vm.none.1@{published[1]} is promoted: ")]
+    assert [line["run"] for line in promoted] == ["small"]
     assert (run_dir / "report.html").exists()
     assert json.loads((run_dir / "summary.json").read_text())["periods"] == DAYS[1:4]
     pipeline = Pipeline(load_config(path), follow=True)
