@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import promql_parser
+import pytest
 import ray
 import yaml
 
@@ -82,6 +85,27 @@ def test_every_metric_is_exported_with_the_labels_that_are_used():
 def _serves_metrics() -> set[str]:
     folder = Path(ray.__file__).parent / "serve" / "_private"
     return {name for path in folder.glob("*.py") for name in re.findall(r'"(serve_[a-z_]+)"', path.read_text())}
+
+
+def test_alerts_fire_when_they_should(tmp_path: Path):
+    """Prometheus' own check of the rules, of the scrape config, and its unit tests of what fires when."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("no promtool on the path (Debian: prometheus)")
+    shutil.copy(MONITORING / "alerts.yaml", tmp_path)
+    shutil.copy(Path(__file__).with_name("alerts_fire.yaml"), tmp_path)
+    scrape = yaml.safe_load((MONITORING / "scrape.yaml").read_text())
+    for job in scrape["scrape_configs"]:
+        del job["kubernetes_sd_configs"]  # Debian's promtool is built without
+        job["static_configs"] = [{"targets": ["pod:8080"]}]
+    (tmp_path / "scrape.yaml").write_text(yaml.safe_dump(scrape))
+    for command in (
+        ["check", "rules", "alerts.yaml"],
+        ["check", "config", "--syntax-only", "scrape.yaml"],
+        ["test", "rules", "alerts_fire.yaml"],
+    ):
+        said = subprocess.run([promtool, *command], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert said.returncode == 0, said.stdout + said.stderr
 
 
 def test_every_alert_is_explained():

@@ -8,7 +8,7 @@
 | ports 8000, 9000, host | rayservice.yaml (Serve) | pipeline.yaml (`endpoints`), container ports, network policies |
 | metrics port | raycluster.yaml | container ports, scrape.yaml, network policies, ray-up/*.yaml |
 | `rayfm/pool` | groups, their nodes and taints; ray-up/*.yaml | pipeline.yaml (`ray.nodes`) |
-| CPUs, GPUs | groups of an overlay | what its pipeline asks for |
+| CPUs, GPUs | groups of an overlay; node types of ray-up/*.yaml | what its pipeline asks for; docs/clouds.md |
 | `rayfm/part` | pods of each cluster | network policies, disruption budgets |
 | ZooKeeper's and Redis' names and ports | their services | pipeline.yaml, rayservice.yaml, network policies |
 | paths below /mnt/rayfm, /etc/rayfm | mounts, the ConfigMap's keys; ray-up/*.yaml | pipeline.yaml, entry points |
@@ -195,7 +195,7 @@ def test_ports_of_serve_are_the_configs_the_containers_and_the_policys(objects: 
     for spec in clusters(objects).values():
         for template in templates(spec):
             ports = {port["name"]: port["containerPort"] for port in template["spec"]["containers"][0]["ports"]}
-            assert (ports["serve"], ports["grpc"]) == (endpoints.http_port, endpoints.grpc_port)
+            assert (ports["serve"], ports["serve-grpc"]) == (endpoints.http_port, endpoints.grpc_port)
     assert ports_of(kustomized.select(objects, "NetworkPolicy", "scores")) == {
         endpoints.http_port,
         endpoints.grpc_port,
@@ -311,7 +311,6 @@ def test_the_nodes_of_ray_up_are_the_same_groups(objects: list[Object], tmp_path
         for group in ("data", "training", "serving"):
             assert getattr(nodes, group).items() <= types[group]["labels"].items()
         assert types["head"]["resources"] == {"CPU": 0}
-        assert sum(one.get("max_workers", 0) for one in types.values()) >= ray_up(name)["max_workers"]
 
 
 def test_training_is_on_spot_machines(rendered: dict[str, list[Object]]):
@@ -349,6 +348,24 @@ def test_what_the_pipeline_asks_for_fits_its_groups(objects: list[Object], tmp_p
     if serving.members > 1:
         assert _fits((serving.member_cpus, serving.member_gpus), groups["serving"])
     assert _fits((config.data.cpus_per_task, 0), groups["data"])
+
+
+def test_the_largest_cluster_is_what_the_groups_come_to(objects: list[Object], tmp_path: Path):
+    """Ray does not say how far its autoscaler can go: the config does."""
+    groups = clusters(objects)["stream"]["workerGroupSpecs"]
+    cpus = sum(group["maxReplicas"] * _room(group)[0] for group in groups)
+    gpus = sum(group["maxReplicas"] * _room(group)[1] for group in groups)
+    assert config_of(objects, tmp_path).ray.largest == (cpus, gpus)
+
+
+def test_the_largest_cluster_of_ray_up_is_what_the_page_says():
+    page = (ROOT / "docs" / "clouds.md").read_text()
+    said = {unit: int(re.search(rf"^  max_{unit}: (\d+)", page, re.MULTILINE).group(1)) for unit in ("cpus", "gpus")}
+    for name in RAY_UP:
+        types = ray_up(name)["available_node_types"].values()
+        for unit, resource in (("cpus", "CPU"), ("gpus", "GPU")):
+            assert sum(one.get("max_workers", 0) * one["resources"].get(resource, 0) for one in types) == said[unit]
+        assert sum(one.get("max_workers", 0) for one in types) == ray_up(name)["max_workers"]
 
 
 def _fits(one: tuple[float, float], group: Object) -> bool:
@@ -491,7 +508,10 @@ def test_paths_are_mounted(objects: list[Object], tmp_path: Path):
 
 
 def test_entry_points_exist_and_take_their_arguments(rendered: dict[str, list[Object]]):
+    from typer.main import get_command
+
     from rayfm.cli.jobs import JOBS, command_line
+    from rayfm.cli.main import app
 
     found = {entry for objects in rendered.values() for entry in entrypoints(objects)}
     found |= {entry for path in job_files() for entry in entrypoints(kustomized.documents(path))}
@@ -503,7 +523,8 @@ def test_entry_points_exist_and_take_their_arguments(rendered: dict[str, list[Ob
         assert path.is_file(), script
         assert path.parent.name == "jobs"
         assert path.stem in JOBS
-        command_line(path.stem, arguments)
+        command, *rest = command_line(path.stem, arguments)
+        get_command(app).commands[command].make_context(command, list(rest))  # raises where it takes none of them
         for word in arguments:
             if word.startswith("/opt/rayfm/"):
                 example = ROOT / Path(word).relative_to("/opt/rayfm")
