@@ -42,11 +42,14 @@ LONG = (
     "soak/test_soak.py",
     "pipeline/test_job_submit.py",
     "pipeline/test_run.py",
+    "clusters/test_whole_stream.py",
     "training/test_elastic_fit.py",
     "reproduce/test_quick.py",
     "pipeline/test_s3_run.py",
     "serving/test_gang.py",
     "training/test_resharding.py",
+    "cli/test_submit.py",
+    "serving/test_teacher_autoscaling.py",
     "pipeline/test_follow_run.py",
     "training/test_train_pipeline.py",
     "export/test_student.py",
@@ -54,6 +57,8 @@ LONG = (
     "training/test_trainer_errors.py",
     "serving/test_nearline_service.py",
     "serving/test_endpoints_ray.py",
+    "cluster/test_service_deployed.py",
+    "release/test_distribution.py",
 )
 """Files of half a minute and more, the longest first."""
 

@@ -102,7 +102,7 @@ def open_scope(source: str, data: str | None = None, seeds: tuple[int, ...] = (1
     if data is not None:
         mapping["data"]["source"]["path"] = data
     if quick and mapping["data"]["source"]["type"] == SIMULATOR:
-        mapping["data"]["source"] |= {"periods": 9, "requests_per_period": 300}
+        mapping["data"]["source"] |= {"periods": 9, "requests_per_period": 150}
     config = validate(PipelineConfig, copy.deepcopy(mapping), str(path))
     for name in ("fm", "two_tower"):
         if name not in mapping["students"]:

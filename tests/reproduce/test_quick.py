@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rayfm.cli.main import main
 from rayfm.reproduce.table import TABLES
 
 COMMAND = [sys.executable, "-m", "rayfm.cli.main", "reproduce"]
@@ -44,11 +45,19 @@ def test_all_tables_in_one_call_and_nothing_twice(tmp_path: Path) -> None:
     assert "trained before" in reproduce("exfm-table2", *arguments, timeout=200)
 
 
-def test_a_source_that_cannot_fill_a_table(tmp_path: Path) -> None:
-    arguments = ["khani-table1", "--source", "nowhere", "--folder", str(tmp_path)]
-    done = subprocess.run([*COMMAND, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "source 'nowhere': no pipeline of that name" in done.stderr
-    arguments = ["sead-table1", "--seeds", "one"]
-    done = subprocess.run([*COMMAND, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert "--seeds 'one': give whole numbers" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["khani-table1", "--source", "nowhere"], "source 'nowhere': no pipeline of that name"),
+        (["sead-table1", "--seeds", "one"], "--seeds 'one': give whole numbers"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["reproduce", *arguments, "--folder", str(tmp_path)])
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
