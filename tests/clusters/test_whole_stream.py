@@ -21,7 +21,7 @@ from rayfm.pipeline.config import PipelineConfig, load_config
 from rayfm.pipeline.plan import student_specs, teacher_spec
 from rayfm.training.ledger import check_ledger, expected_ids, read_ledger
 
-ROLE = "rayfm.io/role"
+ROLE = "rayfm/pool"
 ROLES = ("data", "training", "serving")
 IDLE_S = 5.0
 
@@ -46,7 +46,7 @@ def environment() -> dict[str, str]:
 
 def write(folder: Path) -> Path:
     config = small_pipeline(folder)
-    config["ray"] = {"max_cpus": 7, "nodes": {role: {ROLE: role} for role in ROLES}}
+    config["ray"] = {"max_cpus": 6, "nodes": {role: {ROLE: role} for role in ROLES}}
     for training in (config["teachers"]["teacher"]["training"], config["groups"]["students"]):
         training["ledger"] = True
     return write_config(folder, config)
@@ -98,7 +98,7 @@ def assert_trained_once(config: PipelineConfig) -> None:
 def test_nodes_come_for_the_work_a_killed_one_costs_time_alone_and_all_go_when_idle(tmp_path: Path) -> None:
     path = write(tmp_path)
     log = tmp_path / "run.log"
-    with running_fake_cluster(environment(), {role: node_type(role) for role in ROLES}, 1, IDLE_S) as cluster:
+    with running_fake_cluster(environment(), {role: node_type(role) for role in ROLES}, 0, IDLE_S) as cluster:
         watched = Watched(cluster)
         command = [sys.executable, "-m", "rayfm.cli.main", "run", str(path), "--set", f"ray.address={cluster.address}"]
         with log.open("wb") as output:

@@ -33,7 +33,7 @@ def test_replicas_follow_the_load_and_no_request_fails(tmp_path: Path, ray_sessi
     handle = start_teacher(
         "scaled",
         "fm",
-        TeacherServiceConfig(root=str(tmp_path), model=MODEL),
+        TeacherServiceConfig(root=str(tmp_path), model=MODEL, poll_s=0.5),
         Replicas(max_replicas=3, cpus=0.1, target_requests=1.5, upscale_delay_s=1, downscale_delay_s=1),
     )
     stop, quiet = threading.Event(), threading.Event()
