@@ -1,4 +1,4 @@
-"""A loop that follows on several workers, and with vocabularies that grow: as one never stopped."""
+"""A loop that follows on several workers, through Ray Data, and with vocabularies that grow: as one never stopped."""
 
 from __future__ import annotations
 
@@ -137,4 +137,17 @@ def test_two_workers_stop_and_go_on_together(store: Path, tmp_path: Path) -> Non
         follow_on(ours, Followed(stop=stop), 2)
         stopped.append(under_way(ours))
     assert True in stopped, "a stop in the middle of a period is among them"
+    assert_as_unbroken(ours, theirs)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_ray_data_reads_a_stream_that_stops_and_goes_on(store: Path, tmp_path: Path) -> None:
+    """The first pipeline has two days, each later one the day that came; a cursor begins one in the middle of a day."""
+    theirs = known(store, tmp_path / "known")
+    train_here(theirs)
+    ours = followed(known(store, tmp_path, reader="ray_data"), tmp_path / "followed")
+    fit_here(ours, Followed(stop=4), IdLabels())
+    assert under_way(ours)
+    fit_here(ours, Followed(), IdLabels())
     assert_as_unbroken(ours, theirs)
