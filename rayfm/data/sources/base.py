@@ -40,6 +40,19 @@ class SourceConfig(Config):
     """What every source's config has; a source's own ``Config`` adds ``type: Literal[...]`` and where the logs are."""
 
 
+def task_numbers(count: int) -> ray.data.Dataset:
+    """A block for each of ``count`` tasks, of one row: its number, ``id``.
+
+    Not ``ray.data.range``: it has tasks of its own, which ask for a whole CPU each (so that Ray Data does not fuse them
+    with ones that ask for less), and that may not be free beside trainers.
+    """
+    import ray.data
+
+    numbers = [{"id": number} for number in range(count)]
+    dataset: ray.data.Dataset = ray.data.from_items(numbers, override_num_blocks=count)
+    return dataset
+
+
 class Source:
     """Base of the sources. A subclass registers itself with ``@SOURCES.register(name)`` and nests a ``Config``."""
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from rayfm.config import Config
 from rayfm.data.capacity import check_disk
-from rayfm.data.sources.base import Period, Source
+from rayfm.data.sources.base import Period, Source, task_numbers
 from rayfm.data.staging import disk_errors
 from rayfm.schema import EXAMPLE_ID, mix64, string_ids
 
@@ -180,19 +180,17 @@ class BucketedSource(Source, abc.ABC):
         """What makes the examples of ``periods``; ``folder`` is one that all tasks see."""
 
     def dataset(self, periods: list[Period]) -> ray.data.Dataset:
-        import ray.data
-
         parts, buckets = self.parts(), self.buckets()
         folder = self.scratch or Path(tempfile.mkdtemp(prefix="rayfm-"))
         check_disk(folder, sum(part.size for part in parts))
-        dealt = ray.data.range(len(parts), override_num_blocks=len(parts)).map_batches(
+        dealt = task_numbers(len(parts)).map_batches(
             functools.partial(_deal_parts, parts=parts, buckets=buckets, folder=folder),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=self.cpus_per_task,
         )
         runs = [Run.model_validate_json(row["run"]) for row in dealt.take_all()]
-        return ray.data.range(buckets, override_num_blocks=buckets).map_batches(
+        return task_numbers(buckets).map_batches(
             functools.partial(_build_buckets, build=self.builder(periods, runs, folder)),
             batch_size=None,
             batch_format="pyarrow",

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from rayfm.config import ConfigError, DataError, nearest
 from rayfm.data.sources import kuairand_files as files
-from rayfm.data.sources.base import SOURCES, Period, Source, SourceConfig
+from rayfm.data.sources.base import SOURCES, Period, Source, SourceConfig, task_numbers
 from rayfm.data.sources.kuairand_examples import (
     LOG_FEATURES,
     SEQUENCES,
@@ -154,11 +154,9 @@ class KuaiRandSource(Source):
         return sum(files.guess_rows(log.path) for log in self._logs)
 
     def dataset(self, periods: list[Period]) -> ray.data.Dataset:
-        import ray.data
-
         buckets = max(1, -(-self.estimated_rows() // BUCKET_ROWS))
         build = functools.partial(build_buckets, builder=self.builder(periods, buckets))
-        return ray.data.range(buckets, override_num_blocks=buckets).map_batches(
+        return task_numbers(buckets).map_batches(
             build, batch_size=None, batch_format="pyarrow", num_cpus=self.cpus_per_task
         )
 

@@ -15,7 +15,7 @@ from pydantic import model_validator
 
 from rayfm.config import Config, DataError, nearest
 from rayfm.data.conform import conform
-from rayfm.data.sources.base import KIND_COLUMN, SOURCES, TRUTH_PREFIX, Period, Source, SourceConfig
+from rayfm.data.sources.base import KIND_COLUMN, SOURCES, TRUTH_PREFIX, Period, Source, SourceConfig, task_numbers
 from rayfm.data.sources.files import list_files, open_parquet, parquet_errors
 from rayfm.data.sources.times import LAST_TIME, TimeColumn, microseconds, to_microseconds, utc
 from rayfm.data.store import period_name
@@ -202,15 +202,11 @@ class ParquetSource(Source):
         return sum(sum(footer.group_rows) for footer in self._footers)
 
     def dataset(self, periods: list[Period]) -> ray.data.Dataset:
-        import ray.data
-
         units = self._units
         read = functools.partial(
             read_units, units=units, config=self._parquet, schema=self.schema, wanted=self._wanted, periods=periods
         )
-        # Not range: its tasks ask for a whole CPU each, which may not be free beside trainers.
-        positions = [{"id": position} for position in range(len(units))]
-        return ray.data.from_items(positions, override_num_blocks=len(units)).map_batches(
+        return task_numbers(len(units)).map_batches(
             read, batch_size=None, batch_format="pyarrow", num_cpus=self.cpus_per_task
         )
 
