@@ -42,7 +42,8 @@ def test_growing_over_replicas_is_refused_with_what_fits(tmp_path: Path) -> None
     said = str(refused.value)
     assert said.startswith("grown as far as it may, the plan takes 5.25 CPUs and Ray has 4.75 at its largest: ")
     assert "4 trainer fm (4 x 1) + 0.25 service fm (1 x 0.25)" in said
-    assert "would grow over it: lower max_workers of fm to 3, join a larger cluster, or say how large it grows (ray.max_cpus)" in said
+    assert "would grow over it: lower max_workers of fm to 3, join a larger cluster, or say how large" in said
+    assert "how large it grows (ray.max_cpus)" in said
     check_capacity(elastic(tmp_path, most=3), cpus=3.5 + FIXED)
 
 
