@@ -107,7 +107,7 @@ def test_nodes_come_for_the_work_a_killed_one_costs_time_alone_and_all_go_when_i
         try:
             while run.poll() is None:
                 watched.look()
-                if killed is None and re.search(r"train students [1-3]/4", log.read_text()):
+                if killed is None and any((tmp_path / "runs/small/trainers/students/periods").glob("*.json")):
                     killed = next(pid for pid, kind in cluster.raylets().items() if kind == "training")
                     os.kill(killed, signal.SIGKILL)
                 time.sleep(0.3)
