@@ -1,4 +1,4 @@
-# make install | demo | test | soak | soak-training | lint | bench | docs | dist. Everything goes to .venv; DEVICE=gpu takes the CUDA builds.
+# make install | demo | test | test-clusters | soak | soak-training | lint | bench | docs | dist. Everything goes to .venv; DEVICE=gpu takes the CUDA builds.
 DEVICE ?= cpu
 PYTHON ?= python3
 VENV := .venv
@@ -12,16 +12,16 @@ FBGEMM := $(if $(filter gpu,$(DEVICE)),fbgemm-gpu,fbgemm-gpu-cpu)==1.8.0
 # find a CPU build elsewhere (a local index, a wheel folder), set TORCH_INDEX to nothing.
 TORCH_INDEX ?= $(if $(filter gpu,$(DEVICE)),,$(shell $(PYTHON) -m pip config list 2>/dev/null | grep -q find-links || echo --extra-index-url https://download.pytorch.org/whl/cpu))
 
-# Tests share three processes, file by file; each has one Ray. Two cores hold them: what takes long waits for processes
-# to start or to be noticed dead. 0 runs them in one.
-TEST_PROCESSES ?= 3
+# Tests share two processes, file by file; each has one Ray. Three on two cores only wait for one another. 0 runs them
+# in one.
+TEST_PROCESSES ?= 2
 
 # Faults, and seconds between them on average; 200 take most of an hour on two cores. Needs ZooKeeper and Redis.
 SOAK ?= --faults 200 --mean-s 5
 # SIGKILLs of one training; each costs half a second.
 KILLS ?= 400
 
-.PHONY: help install demo test soak soak-training lint bench docs dist clean
+.PHONY: help install demo test test-clusters soak soak-training lint bench docs dist clean
 
 help:
 	@sed -n 1p Makefile
@@ -43,6 +43,9 @@ demo: install
 
 test: install
 	@$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 25
+
+test-clusters: install
+	@RAYFM_CLUSTERS=1 $(BIN)/python -m pytest -q tests/clusters
 
 soak-training: install
 	@RAYFM_KILLS=$(KILLS) $(BIN)/python -m pytest -q tests/training/test_exactly_once.py -k kills --timeout 36000

@@ -42,7 +42,6 @@ LONG = (
     "soak/test_soak.py",
     "pipeline/test_job_submit.py",
     "pipeline/test_run.py",
-    "clusters/test_whole_stream.py",
     "training/test_elastic_fit.py",
     "reproduce/test_quick.py",
     "pipeline/test_s3_run.py",

@@ -13,7 +13,7 @@ from rayfm.pipeline.plan import student_specs, teacher_key, teacher_spec
 from rayfm.schema import Schema
 from rayfm.serving.nearline.config import load_nearline
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))
 PIPELINES = [path for path in FILES if "students" in read_yaml(path)]
 SCHEMAS = [path for path in FILES if set(read_yaml(path)) <= set(Schema.model_fields)]
