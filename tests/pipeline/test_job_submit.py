@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -75,13 +76,14 @@ def test_a_killed_run_submitted_as_a_job_ends_with_the_same_metrics(head: Head, 
         start_new_session=True,
     )
     marker = run_dir / "trainers" / "students" / "periods" / "2025-01-02.json"
-    deadline = time.monotonic() + 240
-    while not marker.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "the students never finished their second period"
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:  # the test's own timeout ends a run that hangs: how long it takes hangs on what else the machine does
+        while not marker.exists():
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert not (run_dir / "summary.json").exists()
     result = head.submit(str(path), seeds)
     assert result.returncode == 0, result.stdout + result.stderr
