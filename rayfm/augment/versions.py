@@ -28,15 +28,15 @@ def fresh_versions(store: SnapshotStore, config: ScoringTeacherConfig, period: s
 
     Raises:
         SnapshotError: nothing is published, or a manifest cannot be read.
-        LabelError: every version was trained on the period.
+        LabelError: every version was trained on the period, or is withheld by the guard.
     """
     if config.version is not None:
         yield store.manifest(config.model, config.version)
         return
-    versions = store.takeable(config.model)
+    versions = store.versions(config.model)
     if not versions:
         raise SnapshotError(f"no version of {config.model!r} in {store.root}{nearest(config.model, store.models())}")
-    found = False
+    found, withheld = False, 0
     for version in reversed(versions):
         try:
             manifest = store.manifest(config.model, version)
@@ -44,9 +44,18 @@ def fresh_versions(store: SnapshotStore, config: ScoringTeacherConfig, period: s
             if version in store.versions(config.model):
                 raise
             continue  # deleted since it was listed
-        if not has_seen(manifest.trained_through, period):
-            found = True
-            yield manifest
+        if has_seen(manifest.trained_through, period):
+            continue
+        if store.withheld(config.model, version):
+            withheld += 1
+            continue
+        found = True
+        yield manifest
+    if withheld and not found:
+        raise LabelError(
+            f"no version of {config.model!r} that has not seen period {period} is promoted: {withheld} are refused or "
+            "not decided on; wait, or `rayfm snapshots promote`"
+        )
     if not found:
         raise LabelError(
             f"every version of {config.model!r} was trained on period {period} or a later one: labels of it would "

@@ -528,8 +528,9 @@ def test_a_teacher_is_chosen_once_a_period(root, tmp_path, monkeypatch):
             return answer
 
     assert [counts["scored"] for counts in label_windows(config, lambda name, teacher: Both())] == [30, 30, 30]
-    assert read == ["2024-01-02-aaaaaaaa", "2024-01-01-aaaaaaaa", "2024-01-01-aaaaaaaa"], (
-        "from the newest to the first that did not see the period, which is looked at again under its lease"
+    assert read == ["2024-01-02-aaaaaaaa", *["2024-01-01-aaaaaaaa"] * 3], (
+        "from the newest to the first that did not see the period, which is looked at again for its guard, and under "
+        "its lease"
     )
 
 

@@ -33,7 +33,8 @@ def test_a_store_that_is_away_for_a_moment_ends_no_lease(tmp_path, monkeypatch):
         while time.monotonic() < deadline:
             time.sleep(0.1)
         seen.extend(pipeline.collector.holders(model, "v1"))
-        return {"version": "v1", "table_version": 0}
+        ticket = {"version": "v1", "table_version": 0, "labelled": 0, "coverage": {}, "seconds": 2.5}
+        return ticket | {"period": PERIODS[1], "trained_through": PERIODS[0]}
 
     monkeypatch.setattr(type(pipeline.metadata), "extend", away_at_first)
     monkeypatch.setattr(label_jobs, "label_period", label)

@@ -17,6 +17,7 @@ from rayfm.schema import Schema
 from rayfm.serving.application import start_teacher, stop_teacher, teacher_handle
 from rayfm.serving.labelling import StoredLabels, label_period, teacher_columns
 from rayfm.serving.lane_task import score_lane
+from rayfm.serving.replicas import Replicas
 from rayfm.serving.teacher import TeacherServiceConfig, load_version, score_table
 from rayfm.snapshots import SnapshotStore, SQLiteMetadataStore
 from rayfm.snapshots.publish import publish
@@ -174,7 +175,7 @@ def test_a_teacher_that_saw_the_period_labels_nothing(root, store):
 def handle(ray_session, root):
     config = TeacherServiceConfig(root=str(root / "run"), model=MODEL)
     with ThreadPoolExecutor() as pool:  # a pipeline starts its teachers side by side; the first call starts Serve
-        handles = [pool.submit(start_teacher, "test", name, config, cpus=0.1) for name in ("fm", "other")]
+        handles = [pool.submit(start_teacher, "test", name, config, Replicas(cpus=0.1)) for name in ("fm", "other")]
     yield handles[0].result()
     for name, started in zip(("fm", "other"), handles, strict=True):
         assert started.exception() is None
