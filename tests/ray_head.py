@@ -86,36 +86,38 @@ def end(head: subprocess.Popen[bytes], mark: str) -> None:
 
 
 @contextlib.contextmanager
-def running_head(folder_of_token: Path) -> Iterator[Head]:
-    """``ray start --head`` with token authentication; ended with all that it started."""
+def started(
+    environment: dict[str, str], folder: Path, cpus: int, **options: object
+) -> Iterator[tuple[dict[str, int], str]]:
+    """``ray start --head`` on ports that are free; ended, with all that it started, when the block is left.
+
+    Args:
+        environment: of all its processes.
+        folder: its temporary folder, removed at the end.
+        cpus: of the node.
+        options: more of ``ray start``, with underscores.
+
+    Yields:
+        Name of a port (``port``, ``dashboard``, ``agent``, ``client``) -> its number; and the mark of its processes.
+    """
     mark = secrets.token_hex(8)
-    token = write_token(folder_of_token / "token")
-    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-    environment |= {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),  # `python` of a job
+    ports = dict(zip(("port", "dashboard", "agent", "client"), free_ports(4), strict=True))
+    given = {
+        "port": ports["port"],
+        "dashboard-port": ports["dashboard"],
+        "dashboard-agent-listen-port": ports["agent"],
+        "ray-client-server-port": ports["client"],
+        "min-worker-port": 0,
+        "max-worker-port": 0,
+        "num-cpus": cpus,
+        "object-store-memory": 200 * 2**20,
+        "temp-dir": folder,
+        **{name.replace("_", "-"): value for name, value in options.items()},
     }
-    port, dashboard, agent, client = free_ports(4)
-    # Short, as the path of a Unix socket has 107 characters; and not /tmp/ray, where other Rays look for a cluster.
-    folder = tempfile.mkdtemp(prefix="rayfm", dir="/tmp")
-    options = {
-        "--port": port,
-        "--dashboard-port": dashboard,
-        "--dashboard-agent-listen-port": agent,
-        "--ray-client-server-port": client,
-        "--min-worker-port": 0,
-        "--max-worker-port": 0,
-        "--num-cpus": 3,
-        "--object-store-memory": 200 * 2**20,
-        "--temp-dir": folder,
-    }
-    log = Path(folder) / "head.log"
+    log = folder / "head.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*RAY, "start", "--head", "--block", *(f"{name}={value}" for name, value in options.items())],
+            [*RAY, "start", "--head", "--block", *(f"--{name}={value}" for name, value in given.items())],
             env=environment | {MARK: mark},
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -123,15 +125,41 @@ def running_head(folder_of_token: Path) -> Iterator[Head]:
         )
     try:
         deadline = time.monotonic() + 120
-        while not (listens(dashboard) and listens(agent)):  # the agent, which runs jobs, comes last
+        while not (listens(ports["dashboard"]) and listens(ports["agent"])):  # the agent, which runs jobs, comes last
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        started = {child.name() for child in marked(mark)}
-        assert {"raylet", "gcs_server"} <= started, f"the mark finds only {started}"
-        yield Head(f"http://127.0.0.1:{dashboard}", environment)
+        found = {child.name() for child in marked(mark)}
+        assert {"raylet", "gcs_server"} <= found, f"the mark finds only {found}"
+        yield ports, mark
     finally:
         end(process, mark)
         left = marked(mark)
         shutil.rmtree(folder, ignore_errors=True)
     assert not left, f"the head left {left}"
+
+
+def short_folder() -> Path:
+    """A folder for a head: short, as a Unix socket's path has 107 characters; and not in /tmp/ray, where other Rays
+    look for a cluster.
+    """
+    return Path(tempfile.mkdtemp(prefix="rayfm", dir="/tmp"))
+
+
+def with_token(environment: dict[str, str], token: Path) -> dict[str, str]:
+    """The environment of who has a token, which is written."""
+    return environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(write_token(token))}
+
+
+@contextlib.contextmanager
+def running_head(folder_of_token: Path) -> Iterator[Head]:
+    """A head with token authentication."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    environment |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),  # `python` of a job
+    }
+    environment = with_token(environment, folder_of_token / "token")
+    with started(environment, short_folder(), cpus=3) as (ports, _):
+        yield Head(f"http://127.0.0.1:{ports['dashboard']}", environment)

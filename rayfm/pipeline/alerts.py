@@ -6,6 +6,7 @@ periods that stand against the bars again, which gives the same lines; none is w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayfm.config import SnapshotError
 from rayfm.operations import alerts
 from rayfm.operations.alerts import Finding
 from rayfm.operations.logs import fields
@@ -22,6 +24,7 @@ from rayfm.pipeline.label_jobs import freshness
 from rayfm.pipeline.state import RunState
 from rayfm.pipeline.watch_metrics import quality
 from rayfm.schema import KINDS
+from rayfm.snapshots.promotion import Promotion
 from rayfm.training.period import PeriodRecord
 from rayfm.training.spec import TrainerSpec
 
@@ -76,11 +79,22 @@ class RunAlerts:
             if not spec.guarded:
                 continue
             for learner in spec.learners:
-                # The newest decision, by version, so by time.
-                decided = self.run.tickets.all("promotion", learner.key)
-                if decided:
-                    found = alerts.promotion_refused(self.config, learner.key, decided[-1]["decision"] == "refused")
-                    self._judge(found, decided[-1]["period"] or "")
+                decided = self._newest_decision(learner.key)
+                if decided is not None:
+                    found = alerts.promotion_refused(self.config, learner.key, not decided.promoted)
+                    self._judge(found, decided.period or "")
+
+    def _newest_decision(self, model: str) -> Promotion | None:
+        """What stands beside the newest version that was decided on, by people too. Of the versions that are kept: the
+        tickets are of all that ever were, and this is asked every few seconds of a run without an end.
+        """
+        store = self.run.snapshots
+        for version in reversed(store.versions(model)):
+            with contextlib.suppress(SnapshotError):  # one that cannot be read is said elsewhere
+                decided = store.promotion(model, version)
+                if decided is not None:
+                    return decided
+        return None
 
     def _judge(self, findings: Sequence[Finding], period: str) -> None:
         for finding in findings:

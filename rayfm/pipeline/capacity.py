@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from rayfm.config import CapacityError
-from rayfm.pipeline.config import PipelineConfig, ServingConfig
+from rayfm.pipeline.config import PipelineConfig
 from rayfm.training.config import TrainingConfig
 
 
@@ -40,9 +40,9 @@ def needs(config: PipelineConfig, grown: bool = False) -> list[Need]:
         replicas = (grown and serving.max_replicas) or serving.replicas
         found.append(
             Need(
-                f"service {name} ({replicas} x {_terms(serving)})",
-                replicas * (serving.cpus + _members(serving) * serving.member_cpus),
-                replicas * (serving.gpus + _members(serving) * serving.member_gpus),
+                f"service {name} ({serving.terms(replicas)})",
+                replicas * serving.whole_cpus,
+                replicas * serving.whole_gpus,
             )
         )
     for name in sorted({student.group for student in config.students.values()}):
@@ -125,15 +125,6 @@ def check_growth(config: PipelineConfig, cpus: float, gpus: float = 0.0) -> None
             f"Ray Train does not see what replicas hold, and would grow over it: {advice}, join a larger "
             f"cluster, or say how large it grows (ray.max_{unit.lower()})"
         )
-
-
-def _members(serving: ServingConfig) -> int:
-    return serving.members if serving.members > 1 else 0
-
-
-def _terms(serving: ServingConfig) -> str:
-    members = _members(serving)
-    return f"({serving.cpus:g} + {members} x {serving.member_cpus:g})" if members else f"{serving.cpus:g}"
 
 
 def check_capacity(config: PipelineConfig, cpus: float, gpus: float = 0.0) -> None:

@@ -89,10 +89,10 @@ class Replicas(Scale):
         """GPUs of a replica with its members."""
         return self.gpus + (self.members * self.member_gpus if self.members > 1 else 0.0)
 
-    def terms(self) -> str:
-        """Replicas times CPUs, as errors show it."""
+    def terms(self, replicas: int | None = None) -> str:
+        """Replicas (by default those that always run) times CPUs, as errors show it."""
         gang = f"({self.cpus:g} + {self.members} x {self.member_cpus:g})" if self.members > 1 else f"{self.cpus:g}"
-        return f"{self.replicas} x {gang}"
+        return f"{self.replicas if replicas is None else replicas} x {gang}"
 
     def placement(self) -> dict[str, Any]:
         """Options of ``serve.deployment``: what a replica reserves, and where."""

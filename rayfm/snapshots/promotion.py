@@ -7,7 +7,6 @@ decided, and the same again after a crash finds it. People may promote a version
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import uuid
 from pathlib import Path
@@ -105,10 +104,10 @@ def decide(folder: Path, promotion: Promotion) -> tuple[Promotion, bool]:
 
 def override(folder: Path, by: str, reason: str) -> Promotion:
     """Promote a version whatever the guard has said, or will say; what it said is kept."""
-    with contextlib.suppress(SnapshotError):
+    try:
         standing = read_promotion(folder)
-        promotion = Promotion(decision="promoted", by=by, reason=reason, at=now(), before=standing)
-        write_durably(folder / PROMOTION, lambda file: file.write(promotion.model_dump_json(indent=2).encode()))
-        return promotion
-    (folder / PROMOTION).unlink(missing_ok=True)
-    return override(folder, by, reason)
+    except SnapshotError:  # a file that says nothing: there is nothing to keep of it
+        standing = None
+    promotion = Promotion(decision="promoted", by=by, reason=reason, at=now(), before=standing)
+    write_durably(folder / PROMOTION, lambda file: file.write(promotion.model_dump_json(indent=2).encode()))
+    return promotion

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
-import shutil
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
-from ray_head import MARK, RAY, end, free_ports, listens, marked, write_token
+from ray_head import free_ports, marked, short_folder, started, with_token
 
 HEAD_TYPE = "ray.head.default"
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
@@ -40,7 +34,6 @@ class FakeCluster:
 
     address: str
     mark: str
-    folder: Path
     environment: dict[str, str]
     """For who joins it: with its token."""
 
@@ -70,7 +63,7 @@ class FakeCluster:
 def running_fake_cluster(
     environment: dict[str, str], node_types: dict[str, dict[str, Any]], head_cpus: int, idle_s: float
 ) -> Iterator[FakeCluster]:
-    """``ray start --head`` with an autoscaler whose nodes are raylets here; ended with all that it started.
+    """A head with an autoscaler whose nodes are raylets here.
 
     Args:
         environment: of all processes.
@@ -78,9 +71,8 @@ def running_fake_cluster(
         head_cpus: of the head, which has no label.
         idle_s: seconds after which an idle node is taken away.
     """
-    mark = secrets.token_hex(8)
-    port, dashboard, agent, client = free_ports(4)
-    folder = Path(tempfile.mkdtemp(prefix="rayfm", dir="/tmp"))
+    folder = short_folder()
+    (port,) = free_ports(1)
     head = {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0}
     config = {
         "cluster_name": "fake",
@@ -106,19 +98,8 @@ def running_fake_cluster(
         "file_mounts": {},
         **{name: [] for name in COMMANDS},
     }
-    (folder / "autoscaler.json").write_text(json.dumps(config))
-    options = {
-        "--port": port,
-        "--dashboard-port": dashboard,
-        "--dashboard-agent-listen-port": agent,
-        "--ray-client-server-port": client,
-        "--min-worker-port": 0,
-        "--max-worker-port": 0,
-        "--num-cpus": head_cpus,
-        "--object-store-memory": 200 * 2**20,
-        "--temp-dir": folder,
-        "--autoscaling-config": folder / "autoscaler.json",
-    }
+    autoscaler = folder / "autoscaler.json"
+    autoscaler.write_text(json.dumps(config))
     own = {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
@@ -128,27 +109,7 @@ def running_fake_cluster(
         # A node that is killed is dead after three seconds, not fifteen; one that is slow to answer has its ten.
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_failure_threshold": "3",
-        MARK: mark,
     }
-    environment = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(write_token(folder / "token"))}
-    log = folder / "head.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*RAY, "start", "--head", "--block", *(f"{name}={value}" for name, value in options.items())],
-            env=environment | own,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while not listens(dashboard):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield FakeCluster(f"127.0.0.1:{port}", mark, folder, environment)
-    finally:
-        end(process, mark)
-        left = marked(mark)
-        shutil.rmtree(folder, ignore_errors=True)
-    assert not left, f"the cluster left {left}"
+    environment = with_token(environment, folder / "token")
+    with started(environment | own, folder, head_cpus, port=port, autoscaling_config=autoscaler) as (_, mark):
+        yield FakeCluster(f"127.0.0.1:{port}", mark, environment)

@@ -11,7 +11,6 @@ tests/docs/commands.yaml names, in its quick form where it takes long; or the re
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import scripts
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,12 +42,7 @@ SILENT = ("cd", ".", "source", "export")
 
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_check", ROOT / "docs" / "check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("docs/check.py")
 
 
 def commands(block: str) -> Iterator[tuple[str, bool]]:
@@ -113,11 +108,7 @@ def test_what_is_said_to_run_them_exists(check: ModuleType) -> None:
 
 
 def as_written() -> list[str]:
-    spec = importlib.util.spec_from_file_location("docs_check", ROOT / "docs" / "check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = scripts.load("docs/check.py")
     return sorted(
         {
             command

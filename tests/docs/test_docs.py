@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import scripts
 
 from rayfm.data.sources.base import SOURCES
 from rayfm.distill.base import OBJECTIVES
@@ -30,12 +30,7 @@ def registered_for_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_check", ROOT / "docs" / "check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("docs/check.py")
 
 
 def section(title: str, language: str = "python") -> list[str]:
