@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
+# pip compiles 24,000 files one after the other; compileall takes all cores for them.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 TORCH := 2.13.0
 TORCHREC := 1.8.0
@@ -31,10 +33,11 @@ install: $(STAMP)
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch $(TORCH) ($(DEVICE)), torchrec $(TORCHREC), Ray and the rest into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) torch==$(TORCH) 2>&1 | grep -v "^WARNING: Location" || true
+	@$(PIP) $(TORCH_INDEX) torch==$(TORCH) 2>&1 | grep -v "^WARNING: Location" || true
 	@$(BIN)/python -c "import torch; assert torch.__version__.split('+')[0] == '$(TORCH)', torch.__version__"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' $(FBGEMM) 2>&1 | grep -v "^WARNING: Location" || true
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchrec==$(TORCHREC)
+	@$(PIP) -e '.[dev]' $(FBGEMM) 2>&1 | grep -v "^WARNING: Location" || true
+	@$(PIP) --no-deps torchrec==$(TORCHREC)
+	@$(BIN)/python -m compileall -qq -j 0 $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") || true
 	@$(BIN)/python -c "import ray, torch, fbgemm_gpu, rayfm"
 	@touch $(STAMP)
 

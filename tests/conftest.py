@@ -15,6 +15,8 @@ import servers
 
 TESTS = Path(__file__).resolve().parent
 os.environ.pop("RAY_ADDRESS", None)  # tests start a Ray of their own; somebody else's is not for them
+# Between one Ray and the next, a thread that still holds something of the first would start a third by itself.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ class Bench:
         if side == "fuxictr":
             assert self.python is not None
             command = [self.python, "-m", "benchmarks.others.fuxictr_side"]
-            self._run("fuxictr/prepare", [*command, "prepare", describe(self.case, models[0])])
+            self._prepare("fuxictr", "fuxictr", [*command, "prepare", describe(self.case, models[0])])
             for model in models:
                 for seed in seeds:
                     arguments = ["train", describe(self.case, model), str(seed), str(self.case.rates(model).fuxictr)]
@@ -75,13 +76,20 @@ class Bench:
             return
         command = [sys.executable, "-m", "benchmarks.others.ours"]
         place = [self.case.name, str(self.work)]
-        self._run("ours/prepare", [*command, "prepare", *place])
+        self._prepare("ours", "store", [*command, "prepare", *place])
         part, start = ("train", "ours/train") if side == "ours" else ("plain", "plain")
         for model in models:
             for seed in seeds:
                 for precision in precisions:
                     key = f"{start}/{model}/{precision}/{seed}"
                     self._run(key, [*command, part, *place, model, precision, str(seed)])
+
+    def _prepare(self, side: str, folder: str, command: list[str]) -> None:
+        """What stands without a figure, because it was broken off, goes first: finding it there would cost nothing."""
+        key = f"{side}/prepare"
+        if key not in self.measured:
+            shutil.rmtree(self.case.folder / folder, ignore_errors=True)
+        self._run(key, command)
 
     def _run(self, key: str, command: list[str]) -> None:
         if key in self.measured:

@@ -32,6 +32,17 @@ NodeLabels = Annotated[dict[str, str], AfterValidator(check_labels)]
 """Ray's label selector: label -> value, ``!value``, ``in(a, b)`` or ``!in(a, b)``. Empty: any node."""
 
 
+def matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
+    """Whether a node with these labels is one that Ray would choose: one without a label is not any of its values."""
+    for key, wanted in selector.items():
+        without = wanted.startswith("!")
+        text = wanted.removeprefix("!")
+        values = [value.strip() for value in text[3:-1].split(",")] if text.startswith("in(") else [text]
+        if (labels.get(key) in values) == without:
+            return False
+    return True
+
+
 class NodesConfig(Config):
     """Labels of the nodes for each kind of work, as Ray Data, Train and Serve understand them; by default any node.
 

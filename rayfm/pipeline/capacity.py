@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from rayfm.config import CapacityError
+from rayfm.config.nodes import NodeLabels, matches
+from rayfm.data.cluster import Node
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.training.config import TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """CPUs and GPUs of one part of the plan."""
+    """CPUs and GPUs of one part of the plan, and the labels of the nodes that it runs on."""
 
     part: str
     cpus: float
     gpus: float = 0.0
+    nodes: NodeLabels = dataclasses.field(default_factory=dict)
 
 
 def needs(config: PipelineConfig, grown: bool = False) -> list[Need]:
@@ -26,16 +30,19 @@ def needs(config: PipelineConfig, grown: bool = False) -> list[Need]:
         config: the pipeline's config.
         grown: elastic trainers, and services that follow their load, at their largest; otherwise at their smallest.
     """
-    found = []
-    for name, teacher in config.teachers.items():
-        training = _sized(teacher.training, grown)
-        found.append(
-            Need(
-                f"trainer {name} ({training.workers} x {training.cpus_per_worker:g})",
-                training.workers * training.cpus_per_worker,
-                training.workers * training.gpus_per_worker,
-            )
+    found, nodes = [], config.ray.nodes
+
+    def trainer(name: str, given: TrainingConfig) -> Need:
+        training = _sized(given, grown)
+        return Need(
+            f"trainer {name} ({training.workers} x {training.cpus_per_worker:g})",
+            training.workers * training.cpus_per_worker,
+            training.workers * training.gpus_per_worker,
+            training.nodes or nodes.training,
         )
+
+    for name, teacher in config.teachers.items():
+        found.append(trainer(name, teacher.training))
         serving = config.serving
         replicas = (grown and serving.max_replicas) or serving.replicas
         found.append(
@@ -43,22 +50,16 @@ def needs(config: PipelineConfig, grown: bool = False) -> list[Need]:
                 f"service {name} ({serving.terms(replicas)})",
                 replicas * serving.whole_cpus,
                 replicas * serving.whole_gpus,
+                serving.nodes or nodes.serving,
             )
         )
     for name in sorted({student.group for student in config.students.values()}):
-        training = _sized(config.groups[name], grown)
-        found.append(
-            Need(
-                f"trainer {name} ({training.workers} x {training.cpus_per_worker:g})",
-                training.workers * training.cpus_per_worker,
-                training.workers * training.gpus_per_worker,
-            )
-        )
+        found.append(trainer(name, config.groups[name]))
     guarded = guarded_trainers(config)
     if config.promotion is not None and guarded:
         cpus = config.promotion.cpus
-        found.append(Need(f"promotion ({guarded} x {cpus:g})", guarded * cpus))
-    found.append(Need("Ray Data tasks", config.ray.data_cpus))
+        found.append(Need(f"promotion ({guarded} x {cpus:g})", guarded * cpus, nodes=nodes.data))
+    found.append(Need("Ray Data tasks", config.ray.data_cpus, nodes=nodes.data))
     return found
 
 
@@ -110,7 +111,7 @@ def check_growth(config: PipelineConfig, cpus: float, gpus: float = 0.0) -> None
         total = sum(amounts)
         if total <= have + 1e-9 or not any(each.values()):
             continue
-        terms = " + ".join(f"{amount:g} {need.part}" for need, amount in zip(wanted, amounts, strict=True) if amount)
+        terms = _terms(wanted, amounts)
         advice = f"lower max_workers of {', '.join(elastic)}"
         if len(elastic) == 1:
             ((name, training),) = elastic.items()
@@ -140,11 +141,51 @@ def check_capacity(config: PipelineConfig, cpus: float, gpus: float = 0.0) -> No
     ):
         total = sum(amounts)
         if total > have + 1e-9:
-            terms = " + ".join(
-                f"{amount:g} {need.part}" for need, amount in zip(wanted, amounts, strict=True) if amount
-            )
+            terms = _terms(wanted, amounts)
             raise CapacityError(
                 f"the plan needs {total:g} {unit} at once and Ray has {have:g}: {terms}; lower workers or "
                 "cpus_per_worker, start Ray with more (--set ray.cpus=N), or join a larger cluster (ray.address)"
             )
     check_growth(config, cpus, gpus)
+
+
+def check_nodes(config: PipelineConfig, nodes: Sequence[Node]) -> None:
+    """Refuse a plan whose parts would wait for ever for nodes with their labels, or for room on them.
+
+    A cluster that grows has its nodes later: where ``ray.max_cpus`` or ``ray.max_gpus`` says so, nothing is checked.
+
+    Raises:
+        CapacityError: naming the labels, and what the nodes have.
+    """
+    if any(config.ray.largest):
+        return
+    wanted: dict[tuple[tuple[str, str], ...], list[Need]] = {}
+    for need in needs(config):
+        if need.nodes:
+            wanted.setdefault(tuple(sorted(need.nodes.items())), []).append(need)
+    for selector, parts in wanted.items():
+        labels = ", ".join(f"{key}: {value}" for key, value in selector)
+        found = [node for node in nodes if matches(dict(selector), node.labels)]
+        if not found:
+            raise CapacityError(
+                f"no node of the cluster has {{{labels}}}, where {', '.join(need.part for need in parts)} should run: "
+                "start nodes with it (ray start --labels), mend ray.nodes, or, where an autoscaler brings them, say "
+                "how large the cluster grows (ray.max_cpus, ray.max_gpus)"
+            )
+        for unit, have, amounts in (
+            ("CPUs", sum(node.cpus for node in found), [need.cpus for need in parts]),
+            ("GPUs", sum(node.gpus for node in found), [need.gpus for need in parts]),
+        ):
+            if sum(amounts) > have + 1e-9:
+                terms = _terms(parts, amounts)
+                raise CapacityError(
+                    f"the plan needs {sum(amounts):g} {unit} at once on nodes with {{{labels}}}, and the {len(found)} "
+                    f"of them have {have:g}: {terms}; lower workers, replicas or what each takes, start more such "
+                    "nodes, or, where an autoscaler brings them, say how large the cluster grows (ray.max_cpus, "
+                    "ray.max_gpus)"
+                )
+
+
+def _terms(parts: Sequence[Need], amounts: Sequence[float]) -> str:
+    """The sum, part by part."""
+    return " + ".join(f"{amount:g} {need.part}" for need, amount in zip(parts, amounts, strict=True) if amount)

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from rayfm.config import RayfmError, SnapshotError
-from rayfm.data.cluster import cluster_resources
+from rayfm.data.cluster import cluster_nodes, cluster_resources
 from rayfm.data.prepare import missing_periods
 from rayfm.data.prepare import prepare as prepare_source
 from rayfm.data.sources.base import Source
 from rayfm.operations.logs import about, configure
-from rayfm.pipeline.capacity import check_capacity
+from rayfm.pipeline.capacity import check_capacity, check_nodes
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.pipeline.follow import Follower, FollowingTickets, Lag, lag_event
 from rayfm.pipeline.label_jobs import label
@@ -195,6 +195,7 @@ class Pipeline(RunState):
             RayfmError: the first failure of any part.
         """
         check_capacity(self.config, *cluster_resources(self.config.ray.largest))
+        check_nodes(self.config, cluster_nodes())
         # Before anything is started: is what the store holds ours?
         if not self.follow or self.config.follow.prepare:
             missing_periods(self.source, self.config.schema_, self.store, self.config.data.lanes)

@@ -226,7 +226,8 @@ class World:
         standard = torch.from_numpy((location - np.float32(np.log(LONG_VIEW_SECONDS))) / np.float32(_WATCH_NOISE))
         return Truth(
             click=torch.sigmoid(torch.from_numpy(logit)).numpy(),
-            long_view=torch.special.ndtr(standard).numpy(),
+            # The normal distribution function by erfc: as 1 + erf, ndtr is 0 in float32 from five deviations down.
+            long_view=(0.5 * torch.special.erfc(standard * -(0.5**0.5))).numpy(),
             watch_time=np.exp(location + np.float32(_WATCH_NOISE**2 / 2)),
             watch_location=location,
         )

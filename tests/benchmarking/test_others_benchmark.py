@@ -219,6 +219,23 @@ def test_the_table_has_80_columns():
     assert len(table.HEADER) == len(row.text()) == 80
 
 
+def test_a_store_without_a_figure_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    case = cases.Case("criteo-100k", tmp_path, *cases._criteo())
+    (tmp_path / "store").mkdir()
+    found = []
+
+    def watched(*arguments: object) -> tuple[dict[str, object], dict[str, object]]:
+        found.append((tmp_path / "store").exists())
+        (tmp_path / "store").mkdir(exist_ok=True)
+        return {}, {}
+
+    monkeypatch.setattr(others, "watch", watched)
+    for _ in range(2):  # the second finds the store with its figure, and leaves both
+        others.Bench(case, tmp_path, None).measure("ours", [], [])
+    assert found == [False]
+    assert (tmp_path / "store").exists()
+
+
 def test_an_absent_fuxictr_is_named_with_how_to_install_it(tmp_path: Path):
     assert others.missing_fuxictr(None) == others.INSTALL
     assert "No such file" in str(others.missing_fuxictr(str(tmp_path / "python")))

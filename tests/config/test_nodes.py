@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 from ray._private.label_utils import validate_label_selector
 
-from rayfm.config.nodes import NodesConfig
+from rayfm.config.nodes import NodesConfig, matches
 
 READ = [
     {"rayfm.io/role": "training"},
@@ -36,3 +36,19 @@ def test_what_is_taken_is_what_ray_takes(labels: dict[str, str]) -> None:
 def test_what_is_not_is_refused_with_the_label(labels: dict[str, str], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         NodesConfig(data=labels)
+
+
+@pytest.mark.parametrize(
+    ("selector", "found"),
+    [
+        ({}, ["plain", "spot", "large"]),
+        ({"kind": "spot"}, ["spot"]),
+        ({"kind": "!spot"}, ["plain", "large"]),
+        ({"kind": "in(spot, large)"}, ["spot", "large"]),
+        ({"kind": "!in(spot,large)"}, ["plain"]),
+        ({"kind": "in(spot, large)", "zone": "a"}, ["large"]),
+    ],
+)
+def test_selectors_choose_the_nodes_that_ray_would(selector: dict[str, str], found: list[str]) -> None:
+    nodes = {"plain": {"zone": "a"}, "spot": {"kind": "spot"}, "large": {"kind": "large", "zone": "a"}}
+    assert [name for name, labels in nodes.items() if matches(selector, labels)] == found

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import gzip
 import runpy
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import servers
+from ray import serve
 
+from rayfm.client import Client, Ticket
+from rayfm.config import read_yaml, validate
 from rayfm.data.store import ExampleStore
 from rayfm.pipeline.config import PipelineConfig, load_config
 from rayfm.pipeline.here import run_here
 from rayfm.pipeline.stream import Pipeline
+from rayfm.serving.application import start_teacher, stop_teacher
+from rayfm.serving.nearline.application import (
+    consumer_name,
+    start_consumers,
+    start_intake,
+    stop_nearline,
+)
+from rayfm.serving.nearline.config import NearLineConfig
+from rayfm.serving.nearline.labels import NearLineLabels
+from rayfm.serving.replicas import Replicas
+from rayfm.serving.teacher import TeacherServiceConfig, load_version, score_table
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+STUDENTS = ("two_tower", "fm", "dlrm")
 LESS = "data.source={type: simulator, seed: 7, periods: 4, requests_per_period: 400}"
 
 
@@ -49,14 +67,95 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.ray
 @pytest.mark.parametrize("name", ["quickstart", "multi_surface", "signal_loss"])
 def test_the_simulators_examples_run(name: str, folder: Path, ray_session: None) -> None:
-    config = quick(name, folder, LESS)
+    pipeline, summary = ran(quick(name, folder, LESS))
+    check_all_models(pipeline, summary)
+
+
+@pytest.mark.ray
+def test_the_cascades_stages_teach_one_another(folder: Path, ray_session: None) -> None:
+    # A store of its own: it logs a share of what retrieval drops.
+    source = "data.source={type: simulator, seed: 21, periods: 5, requests_per_period: 300, consideration_share: "
+    config = quick("cascade", folder / "cascade", source + "{retrieval: 0.02, early: 0.2, ranking: 0.2}}")
     pipeline, summary = ran(config)
+    check_all_models(pipeline, summary)
+    # Each later stage has labelled for the one before it.
+    assert all(pipeline.labels.list(teacher) for teacher in ("ranking", "early"))
+
+
+@pytest.mark.ray
+def test_three_days_of_kuairand(kuairand: Path, tmp_path: Path, ray_session: None) -> None:
+    less = ("data.source.end=2022-04-27", "schedule.warmup=1", "teachers.teacher.training.batch_size=512")
+    pipeline, summary = ran(quick("kuairand", tmp_path, *less, data=kuairand))
+    check_all_models(pipeline, summary)
+    aucs = {row["model"]: row["value"] for row in summary["metrics"] if row["metric"] == "auc"}
+    assert aucs["teacher"] > 0.65
+
+
+def check_all_models(pipeline: Pipeline, summary: dict[str, Any]) -> None:
+    """Every model of the config was scored and published."""
     scored = {(row["model"], row["variant"]) for row in summary["metrics"]}
-    assert scored == models(config)
+    assert scored == models(pipeline.config)
     published = pipeline.snapshots.models()
     for student, variant in scored:
         keys = [key for key in published if key.startswith(f"{student}.{variant}.")]
         assert keys, f"{student}.{variant} was not published"
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)  # four waits for replicas and labels, each with its own limit
+def test_rows_that_are_posted_are_labelled_by_the_demos_teacher(
+    folder: Path, fresh_ray: None, redis_server: servers.Server
+) -> None:
+    """As `rayfm nearline serve` starts it, asked with the client that users have; consumers follow the queue's length,
+    here two messages for each.
+    """
+    config = quick("demo", folder, LESS, *(f"students.{name}.variants={{none: []}}" for name in STUDENTS))
+    pipeline, _ = ran(config)
+    example = read_yaml(EXAMPLES / "near_line.yaml")
+    consumer = example["consumer"] | {"queue_per_replica": 2, "poll_s": 0.5, "tickets": 1, "cpus": 0.1}
+    here = {"root": str(pipeline.run_dir), "redis": f"redis://{redis_server.address}/1", "consumer": consumer}
+    settings = validate(NearLineConfig, example | here, "near_line.yaml")
+    # The last day's rows, a day later: what the teacher was trained on it must not label.
+    rows = pq.read_table(pipeline.store.lane_path(pipeline.periods[-1], "impression", 0)).slice(0, 20)
+    times = pc.add(rows["time"], 86_400_000_000)
+    rows = rows.set_column(rows.schema.get_field_index("time"), "time", times)
+    tickets: list[Ticket] = []
+    url = start_intake([settings], servers.free_port(), cpus=0.1)
+    try:
+        service = TeacherServiceConfig(root=settings.root, model=settings.model)
+        start_teacher(settings.run, settings.teacher, service, Replicas(cpus=0.1))
+        start_consumers(settings)
+        with Client(url) as client:
+            deadline = time.monotonic() + 90
+            while consumers(settings) == 1:
+                assert time.monotonic() < deadline, "no consumer came"
+                tickets.append(client.label(settings.teacher, rows))
+            for ticket in tickets:
+                assert client.wait_for_labels(ticket, timeout_s=90, poll_s=0.1).state == "committed"
+            deadline = time.monotonic() + 90
+            while consumers(settings) > 1:
+                assert time.monotonic() < deadline, "no consumer went"
+                time.sleep(0.2)
+            tickets.append(client.label(settings.teacher, rows))
+            assert client.wait_for_labels(tickets[-1], timeout_s=90, poll_s=0.1).state == "committed"
+    finally:
+        stop_nearline(settings)
+        stop_teacher(settings.run, settings.teacher)
+    assert {(ticket.rows, ticket.rejected) for ticket in tickets} == {(rows.num_rows, 0)}
+    stored = NearLineLabels(settings.root).rows(settings.teacher)
+    ids = rows["example_id"].to_pylist()
+    found = zip(stored["ticket"].to_pylist(), stored["example_id"].to_pylist(), strict=True)
+    assert sorted(found) == sorted((ticket.ticket, row) for ticket in tickets for row in ids)
+    loaded = load_version(pipeline.snapshots, settings.model, tickets[0].version)
+    expected = dict(zip(ids, score_table(loaded, rows)["click"].to_pylist(), strict=True))
+    scores = stored["task_click"].to_pylist()
+    assert scores == pytest.approx([expected[row] for row in stored["example_id"].to_pylist()], rel=1e-5, abs=1e-6)
+
+
+def consumers(settings: NearLineConfig) -> int:
+    """Those that run now."""
+    (deployment,) = serve.status().applications[consumer_name(settings)].deployments.values()
+    return int(deployment.replica_states.get("RUNNING", 0))
 
 
 def write_criteo(path: Path, rows: int, seed: int) -> None:
