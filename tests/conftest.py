@@ -46,6 +46,7 @@ LONG = (
     "pipeline/test_run.py",
     "training/test_elastic_fit.py",
     "reproduce/test_quick.py",
+    "examples/test_example_runs.py",
     "pipeline/test_s3_run.py",
     "serving/test_gang.py",
     "training/test_resharding.py",
