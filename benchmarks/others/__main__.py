@@ -24,9 +24,10 @@ from benchmarks.saved import save
 
 FUXICTR = "2.3.10"
 PRECISIONS = ("fp32", "bf16")
+# Without aiohttp two threads of its Ray that look at several files trip over one another in fsspec's import of it.
 INSTALL = (
-    f"FuxiCTR is not measured: give --fuxictr-python PYTHON, one with 'pip install fuxictr=={FUXICTR} torch==2.13.0' "
-    "(a virtual environment of its own; the CPU build of torch)"
+    "FuxiCTR is not measured: give --fuxictr-python PYTHON, one with "
+    f"'pip install fuxictr=={FUXICTR} aiohttp torch==2.13.0' (a virtual environment of its own; the CPU build of torch)"
 )
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

@@ -25,6 +25,7 @@ BLOCK_ROWS = 1_000_000
 CRITEO = {
     "criteo-100k": (100_000, planted.AS_CRITEO),
     "criteo-1m": (1_000_000, planted.AS_CRITEO),
+    "criteo-5m": (5_000_000, planted.AS_CRITEO),
     "criteo-20m": (20_000_000, planted.AS_CRITEO),
     "large-1m": (1_000_000, planted.ALL_LARGE),
 }
@@ -188,7 +189,8 @@ def describe(case: Case, model: str) -> str:
         "data": str(case.folder.absolute()),
         "columns": case.columns(),
         "rows": rows,
-        "block_rows": BLOCK_ROWS if rows["train"] > 2 * BLOCK_ROWS else 0,
+        # A part of fewer rows than a block would be no block at all.
+        "block_rows": min(BLOCK_ROWS, rows["test"]) if rows["train"] > 2 * BLOCK_ROWS else 0,
         "model": model,
     }
     return json.dumps(described | dataclasses.asdict(case.sizes))

@@ -38,6 +38,11 @@ class Cursor(Config):
     step: int = 0
     """The next step of the period under way."""
 
+    def __str__(self) -> str:
+        if self.period is not None:
+            return f"in {self.period} at step {self.step}"
+        return f"after {self.finished[-1]}" if self.finished else "at the start"
+
     def index(self, periods: tuple[str, ...], origin: str) -> int:
         """Place in ``periods`` of the period to go on with, the one under way or the next; their number at the end.
 

@@ -5,6 +5,7 @@ Runs the same in a Ray Train worker and in a plain process; every rank walks thr
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from rayfm.data.reader import Reader
 from rayfm.data.store import ExampleStore, write_json_atomic
 from rayfm.export.calibration import Fits
 from rayfm.metrics import RateCounter, bootstrap_weights
-from rayfm.operations.logs import about
+from rayfm.operations.logs import about, fields
 from rayfm.training.agree import agree
 from rayfm.training.checkpoint import Checkpoints, CheckpointState, Cursor
 from rayfm.training.columns import check_logged, check_requests
@@ -39,6 +40,8 @@ from rayfm.training.scoring import PeriodScores
 from rayfm.training.spec import Coordinator, LabelSource, PinnedLabels, TrainerSpec
 from rayfm.training.stepping import Stepping
 from rayfm.training.telemetry import LoopMetrics
+
+log = logging.getLogger(__name__)
 
 AnswerT = TypeVar("AnswerT")
 
@@ -166,6 +169,9 @@ class TrainingLoop:
         }
         # It stands before the period is published: what was published is never trained again from before.
         self._checkpoint(Cursor(finished=self.spec.periods[: index + 1]), {}, record, parts)
+        seconds = {name: round(value, 3) for name, value in parts.seconds.items()}
+        said = fields(rank=self.rank, examples=examples, seconds=seconds)
+        log.info("rank %d is through %s (%d examples of all ranks)", self.rank, period, examples, extra=said)
         self._finish(index, record, parts, started)
 
     def _trains(self, index: int) -> bool:
@@ -318,6 +324,7 @@ class TrainingLoop:
         if self.rank == 0:
             sums = torch.tensor([state.rates[task] for task, _ in self.tasks], dtype=torch.float64)
             self.rates.load_state_dict({"sums": sums})
+        log.info("rank %d goes on from its checkpoint, %s", self.rank, state.cursor, extra=fields(rank=self.rank))
         return index, state
 
     def _counted_through(self, cursor: Cursor, index: int) -> str | None:

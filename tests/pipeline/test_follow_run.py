@@ -7,8 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -30,8 +33,20 @@ def begin(folder: Path, day: int) -> None:
     path.with_suffix(".part").rename(path)
 
 
+def json_lines(text: str) -> list[dict[str, Any]]:
+    """The log lines among others."""
+    return [json.loads(line) for line in text.splitlines() if line.startswith('{"time"')]
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """Where a Ray of its own keeps its logs: short, as a Unix socket's path has 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="rayfm", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 @pytest.mark.timeout(400)
-def test_a_run_follows_its_log_until_it_is_terminated(tmp_path: Path) -> None:
+def test_a_run_follows_its_log_until_it_is_terminated(tmp_path: Path, ray_folder: Path) -> None:
     path = write_config(  # three days, two of them complete
         tmp_path,
         follow={"poll_s": 0.2},
@@ -42,7 +57,7 @@ def test_a_run_follows_its_log_until_it_is_terminated(tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "small"
     process = subprocess.Popen(
         [sys.executable, "-m", "rayfm.cli.main", "run", str(path), "--follow"],
-        env=os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(ray_folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -94,12 +109,18 @@ def test_a_run_follows_its_log_until_it_is_terminated(tmp_path: Path) -> None:
         (DAYS[1], DAYS[2], "promoted"),
     ], "a version is decided on while the stream goes on, once the day after it is there"
     assert decided[1]["rows"] == ROWS
-    lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"time"')]
+    lines = json_lines(output)
     (finished,) = [line for line in lines if line["message"].startswith(f"students has finished {DAYS[3]}: ")]
     about = {"run": "small", "role": "students", "trainer": "students", "period": DAYS[3], "examples": ROWS}
     assert about.items() <= finished.items()
     promoted = [line for line in lines if line["message"].startswith(f"vm.none.1@{published[1]} is promoted: ")]
     assert [line["run"] for line in promoted] == ["small"]
+    workers = [line for path in ray_folder.rglob("logs/worker-*.err") for line in json_lines(path.read_text())]
+    through = [line for line in workers if line["message"].startswith("rank 0 is through ")]
+    assert {(line["trainer"], line["period"]) for line in through} == {
+        (trainer, day) for trainer in ("fm", "students") for day in DAYS[:4]
+    }
+    assert all(line["run"] == "small" and line["examples"] == ROWS and "forward" in line["seconds"] for line in through)
     assert (run_dir / "report.html").exists()
     assert json.loads((run_dir / "summary.json").read_text())["periods"] == DAYS[1:4]
     pipeline = Pipeline(load_config(path), follow=True)
