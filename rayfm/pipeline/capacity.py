@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rayfm.config import CapacityError
 from rayfm.config.nodes import NodeLabels, matches
@@ -134,18 +134,11 @@ def check_capacity(config: PipelineConfig, cpus: float, gpus: float = 0.0) -> No
     Raises:
         CapacityError: with the arithmetic.
     """
-    wanted = needs(config)
-    for unit, have, amounts in (
-        ("CPUs", cpus, [need.cpus for need in wanted]),
-        ("GPUs", gpus, [need.gpus for need in wanted]),
-    ):
-        total = sum(amounts)
-        if total > have + 1e-9:
-            terms = _terms(wanted, amounts)
-            raise CapacityError(
-                f"the plan needs {total:g} {unit} at once and Ray has {have:g}: {terms}; lower workers or "
-                "cpus_per_worker, start Ray with more (--set ray.cpus=N), or join a larger cluster (ray.address)"
-            )
+    for unit, total, have, terms in _short(needs(config), cpus, gpus):
+        raise CapacityError(
+            f"the plan needs {total:g} {unit} at once and Ray has {have:g}: {terms}; lower workers or "
+            "cpus_per_worker, start Ray with more (--set ray.cpus=N), or join a larger cluster (ray.address)"
+        )
     check_growth(config, cpus, gpus)
 
 
@@ -172,18 +165,23 @@ def check_nodes(config: PipelineConfig, nodes: Sequence[Node]) -> None:
                 "start nodes with it (ray start --labels), mend ray.nodes, or, where an autoscaler brings them, say "
                 "how large the cluster grows (ray.max_cpus, ray.max_gpus)"
             )
-        for unit, have, amounts in (
-            ("CPUs", sum(node.cpus for node in found), [need.cpus for need in parts]),
-            ("GPUs", sum(node.gpus for node in found), [need.gpus for need in parts]),
-        ):
-            if sum(amounts) > have + 1e-9:
-                terms = _terms(parts, amounts)
-                raise CapacityError(
-                    f"the plan needs {sum(amounts):g} {unit} at once on nodes with {{{labels}}}, and the {len(found)} "
-                    f"of them have {have:g}: {terms}; lower workers, replicas or what each takes, start more such "
-                    "nodes, or, where an autoscaler brings them, say how large the cluster grows (ray.max_cpus, "
-                    "ray.max_gpus)"
-                )
+        cpus, gpus = sum(node.cpus for node in found), sum(node.gpus for node in found)
+        for unit, total, have, terms in _short(parts, cpus, gpus):
+            raise CapacityError(
+                f"the plan needs {total:g} {unit} at once on nodes with {{{labels}}}, and the {len(found)} of them "
+                f"have {have:g}: {terms}; lower workers, replicas or what each takes, start more such nodes, or, where an "
+                "autoscaler brings them, say how large the cluster grows (ray.max_cpus, ray.max_gpus)"
+            )
+
+
+def _short(parts: Sequence[Need], cpus: float, gpus: float) -> Iterator[tuple[str, float, float, str]]:
+    """What there is too little of: (unit, how much is needed, how much there is, the sum)."""
+    for unit, have, amounts in (
+        ("CPUs", cpus, [need.cpus for need in parts]),
+        ("GPUs", gpus, [need.gpus for need in parts]),
+    ):
+        if sum(amounts) > have + 1e-9:
+            yield unit, sum(amounts), have, _terms(parts, amounts)
 
 
 def _terms(parts: Sequence[Need], amounts: Sequence[float]) -> str:

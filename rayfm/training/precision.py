@@ -21,8 +21,8 @@ WORTH = 0.95
 def bf16_speedup() -> float:
     """How many times as fast this process multiplies matrices in bfloat16 as in float32, the best of several tries.
 
-    It is measured because a processor's flags do not tell: of two Xeons with ``avx512_bf16``, one took less than half
-    of float32's time and another, which showed no AMX, twice it.
+    It is measured because a processor's flags do not tell: one with ``avx512_bf16`` that showed no AMX took twice
+    float32's time, where another processor took less than half of it.
     """
     best = []
     for dtype in (torch.float32, torch.bfloat16):
