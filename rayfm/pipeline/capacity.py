@@ -169,8 +169,8 @@ def check_nodes(config: PipelineConfig, nodes: Sequence[Node]) -> None:
         for unit, total, have, terms in _short(parts, cpus, gpus):
             raise CapacityError(
                 f"the plan needs {total:g} {unit} at once on nodes with {{{labels}}}, and the {len(found)} of them "
-                f"have {have:g}: {terms}; lower workers, replicas or what each takes, start more such nodes, or, where an "
-                "autoscaler brings them, say how large the cluster grows (ray.max_cpus, ray.max_gpus)"
+                f"have {have:g}: {terms}; lower workers, replicas or what each takes, start more such nodes, or, where "
+                "an autoscaler brings them, say how large the cluster grows (ray.max_cpus, ray.max_gpus)"
             )
 
 
