@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from rayfm.models import MODELS, build_model
 from rayfm.schema import Schema
 from rayfm.serving.nearline.config import NearLineConfig
+from rayfm.serving.nearline.spool import ROW, Spool
 from rayfm.snapshots.publish import publish
 
 MODEL, TEACHER = "fm.teacher.0", "fm"
@@ -105,3 +108,16 @@ def as_arrow(table: pa.Table) -> bytes:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+def queued(spool: Spool, count: int = 2) -> str:
+    """The ticket of a post that waits."""
+    return spool.accept(rows(count).append_column(ROW, pa.array(range(count), pa.int64())), V1)
