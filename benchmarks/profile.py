@@ -79,7 +79,7 @@ def reading(store: ExampleStore, size: int) -> tuple[dict[str, float], list[Any]
         clock.turn("read")
         rows = read_steps(plan, cache, LONG, range(manifest.lanes), first, last)
         clock.turn("encode")
-        encoded = encoder.encode(rows.table, rows.kind, rows.supervision, rows.supervision_mask)
+        encoded = encoder.encode_steps(rows)
         clock.turn("collate")
         for step in range(last - first):
             batch = encoder.batch(encoded, step * size, (step + 1) * size)

@@ -26,6 +26,7 @@ from rayfm.data.steps import ReadPlan
 from rayfm.data.store import ExampleStore
 from rayfm.schema import Schema
 from rayfm.training.config import TrainingConfig
+from rayfm.training.cpu_kernels import as_without
 
 LINEAR_DIM = 4
 """Width of the linear weights' tables, of which one column is read: fbgemm's fused tables need a multiple of 4."""
@@ -134,7 +135,11 @@ class PlainLoop:
         self.batches, self.held_out = (in_memory(case, period) for period in case.periods)
 
     def train(self) -> float:
-        """One pass. Returns its rows."""
+        """One pass, with fbgemm's and torch's kernels as they come. Returns its rows."""
+        with as_without():
+            return self._train()
+
+    def _train(self) -> float:
         self.model.train()
         rows = 0
         for dense_BD, ids, labels_B in self.batches:

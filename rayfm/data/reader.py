@@ -109,21 +109,11 @@ class ArrowReader:
             last = min(total, first + size)
             return read_steps(self.plan, self._cache, period, lanes, first, last), first, last
 
-        def encoded(rows: StepRows) -> EncodedChunk:
-            return self.encoder.encode(
-                rows.table,
-                rows.kind,
-                rows.supervision,
-                rows.supervision_mask,
-                rows.representation,
-                rows.representation_mask,
-            )
-
         starts = range(start, total, size)
         read: Iterator[tuple[StepRows, int, int]] = map(rows, starts)
         if len(starts) > 1:  # a thread decodes Parquet, the next encodes
             read = ahead(read)
-        chunks = ((encoded(found), found.step, first, last) for found, first, last in read)
+        chunks = ((self.encoder.encode_steps(found), found.step, first, last) for found, first, last in read)
         for chunk, step, first, last in ahead(chunks) if len(starts) > 1 else chunks:
             yield from cut(self.encoder, chunk, step, first, last)
 

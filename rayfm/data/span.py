@@ -62,7 +62,8 @@ class ReadSpan:
         lanes = rank_lanes(self.lanes[position], self.rank, self.world)
         rows = read_steps(self.plan, self._cache, period, lanes, first, last)
         table = (
-            rows.table.append_column(STEP, pa.array(rows.step))
+            rows.ordered()
+            .append_column(STEP, pa.array(rows.step))
             .append_column(KIND, pa.array(rows.kind))
             .append_column(SUPERVISION, matrix_column(rows.supervision))
             .append_column(SUPERVISION_MASK, matrix_column(rows.supervision_mask.astype(np.uint8)))

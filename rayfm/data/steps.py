@@ -230,12 +230,15 @@ class _LaneFile:
 
 @dataclasses.dataclass(frozen=True)
 class StepRows:
-    """Rows of consecutive steps, in step order.
+    """Rows of consecutive steps, in step order but for the columns of the example store.
 
     Shape letters: N rows, S supervision columns, V stored representations, R their width.
     """
 
     table: pa.Table
+    """The store's columns, lane by lane."""
+    order: npt.NDArray[np.int64] | None
+    """``[N]``: row i is row ``order[i]`` of ``table``; None: row i."""
     step: npt.NDArray[np.int64]
     """``[N]``; rises."""
     kind: npt.NDArray[np.int64]
@@ -247,6 +250,10 @@ class StepRows:
     """``[N, sum of R]``; None where the plan reads none."""
     representation_mask: Bool | None
     """``[N, V]``"""
+
+    def ordered(self) -> pa.Table:
+        """The store's columns in step order, copied."""
+        return self.table if self.order is None else self.table.take(pa.array(self.order))
 
 
 def read_steps(plan: ReadPlan, cache: LaneCache, period: str, lanes: Sequence[int], first: int, last: int) -> StepRows:
@@ -279,7 +286,7 @@ def read_steps(plan: ReadPlan, cache: LaneCache, period: str, lanes: Sequence[in
         none = np.zeros(0, np.int64)
         shape = (0, len(plan.supervision))
         values, mask = np.zeros(shape, np.float32), np.zeros(shape, np.bool_)
-        return StepRows(table, none, none, values, mask, *_representation(plan, [], none))
+        return StepRows(table, None, none, none, values, mask, *_representation(plan, [], none))
     step = np.concatenate([piece.step for piece in pieces])
     order = np.argsort(step, kind="stable")
     supervision = [_supervision(plan, piece) for piece in pieces]
@@ -289,7 +296,8 @@ def read_steps(plan: ReadPlan, cache: LaneCache, period: str, lanes: Sequence[in
         for piece in pieces
     ]
     return StepRows(
-        table=pa.concat_tables([piece.table for piece in pieces], promote_options="default").take(pa.array(order)),
+        table=pa.concat_tables([piece.table for piece in pieces], promote_options="default"),
+        order=order if len(pieces) > 1 else None,
         step=step[order],
         kind=np.concatenate(kinds)[order],
         supervision=np.concatenate([values for values, _ in supervision])[order],

@@ -32,10 +32,7 @@ def first_step(plan: ReadPlan, encoder: Encoder, period: str) -> Batch | None:
     if not count_steps(plan, manifest):
         return None
     rows = read_steps(plan, cache, period, range(manifest.lanes), 0, 1)
-    chunk = encoder.encode(
-        rows.table, rows.kind, rows.supervision, rows.supervision_mask, rows.representation, rows.representation_mask
-    )
-    return encoder.batch(chunk, 0, len(rows.step))
+    return encoder.batch(encoder.encode_steps(rows), 0, len(rows.step))
 
 
 @torch.no_grad()

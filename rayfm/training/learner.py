@@ -36,6 +36,7 @@ from rayfm.schema import Schema
 from rayfm.snapshots.publish import TensorSlice
 from rayfm.training.calibration import CountsCalibration
 from rayfm.training.config import TrainingConfig
+from rayfm.training.cpu_kernels import train_fast_here
 from rayfm.training.diagnosis import diagnose
 from rayfm.training.divergence import DivergenceError, LossWatch
 from rayfm.training.dropout import has_dropout, step_masks
@@ -121,6 +122,8 @@ class Learner:
     ) -> None:
         self.config, self.training, self.schema, self.device = config, training, schema, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if device.type == "cpu":
+            train_fast_here()
         torch.manual_seed(config.seed)
         model = build_model(config.model, schema, config.tasks, embedding_device=torch.device("meta"))
         objectives = build_objectives(config.objectives, schema, config.tasks, model.representation_dim)
