@@ -1,4 +1,4 @@
-"""What makes training on a CPU faster without changing what is trained: kernels of the tables, and no denormals.
+"""What makes training on a CPU faster and does not change what is learned: kernels of the tables, no denormals.
 
 Row-wise Adagrad of tables goes by the one of fbgemm's kernels that is fast on this processor.
 
@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from rayfm.models.allocator import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -95,16 +97,17 @@ _kernels: _Kernels | None = None
 
 def train_fast_here() -> None:
     """Let this process' row-wise Adagrad on the CPU take the kernels that are faster here, timed at the first call,
-    and this thread take floats below 1e-38 as 0."""
+    this thread take floats below 1e-38 as 0, and the process keep what it frees."""
     global _kernels
     if _kernels is None:
         _kernels = _Kernels()
     torch.set_flush_denormal(True)
+    keep_freed_memory()
 
 
 @contextmanager
 def as_without() -> Iterator[None]:
-    """This process and thread as if `train_fast_here` had not been called, for comparison."""
+    """This process and thread as if `train_fast_here` had not been called, but for kept memory; for comparison."""
     if _kernels is None:
         yield
         return
