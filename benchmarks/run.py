@@ -60,6 +60,8 @@ LINES = [
     Line("reader/direct", "reader", ("direct",), 0.7),
     Line("reader/ray_data", "reader", ("ray_data",), 0.3),
     *(Line(f"training/{m}/{p}", "training", (m, p), 0.95) for m, p in CASES),
+    # The table's kernels that a worker takes on this processor, against fbgemm's own; the forward is in both.
+    *(Line(f"kernels/{what}", "kernels", (what,), 0.95) for what in ("bags", "sequences")),
     *(Line(f"objectives/{m}/{p}", "objectives", (m, p), 1.10, at_most=True) for m, p in CASES),
     # Alone they are measured where a step is shortest.
     *(Line(f"objectives/{kind}", "objectives", ("dlrm", "bf16", kind), 1.10, at_most=True) for kind in OBJECTIVES),

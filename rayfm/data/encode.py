@@ -173,13 +173,12 @@ class Encoder:
         if representation is None and self.representations:
             representation, representation_mask = self._represented(table)
         example_id = _ordered(_integers(table[EXAMPLE_ID]), order)
-        single = np.zeros((len(self.single), rows), np.int64)
-        valid = np.ones((len(self.single), rows), np.bool_)
-        any_missing = False
+        single = np.empty((len(self.single), rows), np.int64)
+        valid: BoolArray | None = None
         for position, feature in enumerate(self.single):
             column = _one_array(table[feature.name])
             if column.null_count:
-                any_missing = True
+                valid = np.ones(single.shape, np.bool_) if valid is None else valid
                 valid[position] = _ordered(column.is_valid().to_numpy(zero_copy_only=False), order)
             _put(self.table_rows_of(feature, column), order, single[position])
         jagged = {f.name: self._jagged(f, table, order) for f in (*self.multi, *self.weighted, *self.sequence)}
@@ -187,7 +186,7 @@ class Encoder:
         return EncodedChunk(
             dense=self._dense(table, order),
             single=single,
-            single_valid=valid if any_missing else None,
+            single_valid=valid,
             jagged=jagged,
             labels=labels,
             label_mask=label_mask,
@@ -320,7 +319,9 @@ class Encoder:
                 values = np.log1p(np.maximum(values, 0))
             elif feature.transform == "signed_log1p":
                 values = np.sign(values) * np.log1p(np.abs(values))
-            dense[:, position] = _ordered((values - np.float32(feature.mean)) / np.float32(feature.std), order)
+            if feature.mean != 0 or feature.std != 1:
+                values = (values - np.float32(feature.mean)) / np.float32(feature.std)
+            dense[:, position] = _ordered(values, order)
         return dense
 
     def table_rows_of(self, feature: Feature, ids: pa.Array) -> IntArray:
