@@ -2,7 +2,7 @@
 
 CPU-seconds against rows of a period, against students taught by one teacher's labels, and against sparse features; each
 with a straight line through the points and the point that is furthest from it. Every point is a process of its own that
-reads a store on disk in the layout that `prepare` writes, and trains on it with a batch of 4,096, in bfloat16, on one
+reads a store on disk in the layout that `prepare` writes, and trains on it with a batch of 4,096, in float32, on one
 thread. Writing the data is not counted.
 """
 

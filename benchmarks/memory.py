@@ -1,7 +1,7 @@
 """Peak memory over the length of a period: ``python -m benchmarks.memory STORE training|predicting|preparing``.
 
 A process that trains on a period of 20 million rows against one that trains on a million: the fixed case's DLRM in
-bfloat16 through the training loop, with checkpoints on the way in both. Or the same for predicting a period with all of
+float32 through the training loop, with checkpoints on the way in both. Or the same for predicting a period with all of
 its metrics, or for sorting and writing one as `prepare` does. What is compared is the peak of resident memory, pages of
 mapped files included. The ratio of CPU-seconds a row stands beside it.
 

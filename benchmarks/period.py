@@ -40,7 +40,7 @@ class Task:
     store: str
     period: str
     model: str = "dlrm"
-    precision: str = "bf16"
+    precision: str = "fp32"
     reader: str = "arrow"
     sparse: int = 26
     students: int = 1

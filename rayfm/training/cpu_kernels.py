@@ -39,6 +39,7 @@ WORTH = 1.1
 
 _SUM = 0
 """fbgemm's number of sum pooling."""
+_DENORMAL = 5e-324
 
 
 class _Kernels:
@@ -96,28 +97,40 @@ _kernels: _Kernels | None = None
 
 
 def train_fast_here() -> None:
-    """Let this process' row-wise Adagrad on the CPU take the kernels that are faster here, timed at the first call,
-    this thread take floats below 1e-38 as 0, and the process keep what it frees."""
+    """Let this process' row-wise Adagrad on the CPU take the kernels that are faster here, timed at the first call, and
+    let the process keep what it frees."""
     global _kernels
     if _kernels is None:
         _kernels = _Kernels()
-    torch.set_flush_denormal(True)
     keep_freed_memory()
 
 
 @contextmanager
+def denormals_as_zero() -> Iterator[None]:
+    """This thread takes floats below 1e-38 as 0 inside, and does as before afterwards: others compute in it too."""
+    before = _flushes(_DENORMAL)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+def _flushes(denormal: float) -> bool:
+    return denormal * 1.0 == 0.0
+
+
+@contextmanager
 def as_without() -> Iterator[None]:
-    """This process and thread as if `train_fast_here` had not been called, but for kept memory; for comparison."""
+    """This process as if `train_fast_here` had not been called, but for kept memory; for comparison."""
     if _kernels is None:
         yield
         return
     _kernels.active = False
-    torch.set_flush_denormal(False)
     try:
         yield
     finally:
         _kernels.active = True
-        torch.set_flush_denormal(True)
 
 
 def as_shared(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -36,7 +36,7 @@ from rayfm.schema import Schema
 from rayfm.snapshots.publish import TensorSlice
 from rayfm.training.calibration import CountsCalibration
 from rayfm.training.config import TrainingConfig
-from rayfm.training.cpu_kernels import train_fast_here
+from rayfm.training.cpu_kernels import denormals_as_zero, train_fast_here
 from rayfm.training.diagnosis import diagnose
 from rayfm.training.divergence import DivergenceError, LossWatch
 from rayfm.training.dropout import has_dropout, step_masks
@@ -205,12 +205,13 @@ class Learner:
             DivergenceError: a term is not finite, or has exploded. Nothing was changed by the step.
         """
         started = time.perf_counter()
-        self.begin(step)
-        loss, terms = self.forward(batch, step)
-        forward = time.perf_counter()
-        loss.backward()
-        backward = time.perf_counter()
-        self.optimizers.step()
+        with denormals_as_zero():
+            self.begin(step)
+            loss, terms = self.forward(batch, step)
+            forward = time.perf_counter()
+            loss.backward()
+            backward = time.perf_counter()
+            self.optimizers.step()
         done = time.perf_counter()
         self.clock.forward += forward - started
         self.clock.backward += backward - forward
