@@ -6,7 +6,7 @@ import time
 
 import pyarrow as pa
 import pytest
-from nearline_cases import MODEL, TEACHER, V1, Oracle, config, predicted, publish_teacher, rows
+from nearline_cases import MODEL, TEACHER, V1, Oracle, config, predicted, rows
 from starlette.testclient import TestClient
 
 from rayfm.client import Client, InvalidRequest, NotFound, NotLabelled, Overloaded, Reject, Retries, Unauthorized
@@ -46,19 +46,6 @@ class Service:
         labeller = Labeller(self.config, self.spool, self.labels, self.versions, self.oracle)
         taken = [take(self.spool, ticket, self.config) for ticket, _ in list(self.spool.waiting())]
         labeller.label([entry for entry in taken if entry is not None])
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    root = tmp_path_factory.mktemp("published")
-    publish_teacher(root, V1)
-    return root
-
-
-@pytest.fixture
-def root(tmp_path, published):
-    (tmp_path / "snapshots").symlink_to(published / "snapshots")
-    return tmp_path
 
 
 @pytest.mark.parametrize("arrow", [True, False])

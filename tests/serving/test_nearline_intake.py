@@ -19,7 +19,6 @@ from nearline_cases import (
     as_arrow,
     as_json,
     config,
-    publish_teacher,
     queued,
     rows,
     until,
@@ -45,19 +44,6 @@ from rayfm.snapshots import SnapshotStore
 
 ARROW = {"content-type": "application/vnd.apache.arrow.stream"}
 JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    root = tmp_path_factory.mktemp("published")
-    publish_teacher(root, V1)
-    return root
-
-
-@pytest.fixture
-def root(tmp_path, published):
-    (tmp_path / "snapshots").symlink_to(published / "snapshots")
-    return tmp_path
 
 
 class Bell:

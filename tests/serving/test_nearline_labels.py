@@ -31,12 +31,6 @@ def published(tmp_path_factory):
 
 
 @pytest.fixture
-def root(tmp_path, published):
-    (tmp_path / "snapshots").symlink_to(published / "snapshots")
-    return tmp_path
-
-
-@pytest.fixture
 def versions(root):
     return Versions(SnapshotStore(root), MODEL)
 

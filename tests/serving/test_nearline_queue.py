@@ -15,7 +15,6 @@ from nearline_cases import (
     V1,
     Oracle,
     config,
-    publish_teacher,
     queued,
     rows,
     until,
@@ -27,20 +26,6 @@ from rayfm.serving.nearline.consumer import NearLineConsumer, NotLabelled
 from rayfm.serving.nearline.doorbell import Doorbell, sweep
 from rayfm.serving.nearline.labels import NearLineLabels
 from rayfm.serving.nearline.spool import Spool
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    root = tmp_path_factory.mktemp("published")
-    publish_teacher(root, V1)
-    return root
-
-
-@pytest.fixture
-def root(tmp_path, published):
-    (tmp_path / "snapshots").symlink_to(published / "snapshots")
-    return tmp_path
-
 
 # The queue, in a real Redis.
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
-
-import pytest
 
 BYTES, STEPS, PAGE = 8 << 20, 50, 4096
 
 PROGRAM = f"""
 import json, resource
 import torch
-from rayfm.models.allocator import keep_freed_memory
+from rayfm.training.allocator import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -28,7 +25,6 @@ print(json.dumps(faults()))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator can be told")
 def test_pages_are_faulted_in_once() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     # Three blocks a step, each of which would fault its pages in again.
