@@ -17,10 +17,10 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from itertools import cycle, islice
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pyarrow as pa
 import ray
@@ -76,10 +76,10 @@ def encoded(loaded: LoadedVersion, body: bytes) -> Batch:
 
 
 class Endpoint:
-    """Clients of the running endpoint."""
+    """Clients of the running endpoint: of the standard library's, which cost least, since they share its cores."""
 
-    def __init__(self, url: str, name: str, bodies: list[bytes]) -> None:
-        self._path, self._bodies = f"{url}/v1/models/{name}:score", bodies
+    def __init__(self, port: int, name: str, bodies: list[bytes]) -> None:
+        self._port, self._path, self._bodies = port, f"/v1/models/{name}:score", bodies
         self._clients = threading.local()
         self._pool = ThreadPoolExecutor(32)
 
@@ -87,10 +87,13 @@ class Endpoint:
         """One request; its reply is read whole."""
         client = getattr(self._clients, "one", None)
         if client is None:
-            client = self._clients.one = httpx.Client(headers={"content-type": ARROW, "accept": ARROW}, timeout=30.0)
-        response = client.post(self._path, content=body)
-        response.raise_for_status()
-        if pa.ipc.open_stream(response.content).read_all().num_rows != CANDIDATES:
+            client = self._clients.one = HTTPConnection("127.0.0.1", self._port, timeout=30.0)
+        client.request("POST", self._path, body, {"content-type": ARROW, "accept": ARROW})
+        response = client.getresponse()
+        reply = response.read()
+        if response.status != 200:
+            raise RuntimeError(f"{response.status}: {reply[:200]!r}")
+        if pa.ipc.open_stream(reply).read_all().num_rows != CANDIDATES:
             raise RuntimeError("a reply lacks candidates")
 
     def busy(self) -> float:
@@ -150,7 +153,7 @@ def compare(store: ExampleStore, name: str, folder: Path) -> Outcome:
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         start_endpoints(plan, None)
-        endpoint = Endpoint(f"http://127.0.0.1:{port}", name, bodies)
+        endpoint = Endpoint(port, name, bodies)
         call = rates(in_turns(lambda: timed(endpoint.busy), lambda: timed(whole), repeats=3), "candidates")
         print(f"against the whole call in process: {call.ours}, {call.theirs}, ratio {call.ratio:.2f}")
         outcome = rates(

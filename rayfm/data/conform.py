@@ -42,8 +42,12 @@ def store_schema(schema: Schema, names: Iterable[str]) -> pa.Schema:
     return pa.schema([*fields, pa.field(KIND_COLUMN, pa.string())])
 
 
-def one_array(column: pa.ChunkedArray) -> pa.Array:
-    """The column as one array (a column without rows has no chunk to begin with)."""
+def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """The column as one array, itself where it is one (a column without rows has no chunk to begin with)."""
+    if isinstance(column, pa.Array):
+        return column
+    if column.num_chunks == 1:
+        return column.chunk(0)
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
@@ -118,10 +122,10 @@ def conform(name: str, column: pa.ChunkedArray, target: pa.DataType) -> tuple[pa
     """
     array = one_array(column)
     fitted: tuple[pa.Array, Bool | None] | None = None
-    if not pa.types.is_list(target):
-        fitted = _flat(array, target)
-    elif array.type == target:
+    if array.type == target:
         fitted = array, None
+    elif not pa.types.is_list(target):
+        fitted = _flat(array, target)
     elif pa.types.is_null(array.type):
         fitted = pa.nulls(len(array), target), None
     elif _is_list(array.type):

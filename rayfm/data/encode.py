@@ -23,9 +23,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from rayfm.config import DataError
 from rayfm.data.batch import Batch
+from rayfm.data.conform import one_array
 from rayfm.data.steps import StepRows
 from rayfm.data.vocabulary import Vocabulary, vocabulary_of
-from rayfm.schema import EXAMPLE_ID, TRAFFIC, WEIGHTS_SUFFIX, Feature, Schema, string_ids, table_rows
+from rayfm.schema import EXAMPLE_ID, TRAFFIC, WEIGHTS_SUFFIX, Feature, Schema, string_ids, table_rows, table_rows_each
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -34,6 +35,9 @@ ScalarT = TypeVar("ScalarT", bound=np.generic)
 
 MAX_PARTS = 16
 """Encoders of parts of the features that an encoder keeps."""
+ROWS_TOGETHER = 4096
+"""Up to so many rows, as of a request, all features are hashed in one call; a chunk of steps is hashed a feature at a
+time, which stays in the processor's cache."""
 
 
 @dataclasses.dataclass
@@ -118,6 +122,11 @@ class Encoder:
         """Types of the schema's columns."""
         return {field.name: field.type for field in self.schema.arrow_schema()}
 
+    @functools.cached_property
+    def traffics(self) -> pa.Array:
+        """The schema's traffics, in its order."""
+        return pa.array(self.schema.traffics, pa.string())
+
     def part(self, features: tuple[str, ...]) -> Encoder:
         """An encoder of some of the features, with the same representations and without labels; kept for the next
         request that is cut in the same way."""
@@ -143,7 +152,7 @@ class Encoder:
 
     def encode(
         self,
-        table: pa.Table,
+        table: pa.Table | pa.RecordBatch,
         kind: IntArray,
         supervision: FloatArray,
         supervision_mask: BoolArray,
@@ -164,7 +173,7 @@ class Encoder:
             DataError: a column is missing, a representation is of another type, or a prediction of a binary task is
                 no probability.
         """
-        present = set(table.column_names)
+        present = set(table.schema.names)
         missing = [name for name in self.columns if name not in present]
         if missing:
             raise DataError(f"the examples lack column {missing[0]!r}; prepare them with the schema that has it")
@@ -173,14 +182,7 @@ class Encoder:
         if representation is None and self.representations:
             representation, representation_mask = self._represented(table)
         example_id = _ordered(_integers(table[EXAMPLE_ID]), order)
-        single = np.empty((len(self.single), rows), np.int64)
-        valid: BoolArray | None = None
-        for position, feature in enumerate(self.single):
-            column = _one_array(table[feature.name])
-            if column.null_count:
-                valid = np.ones(single.shape, np.bool_) if valid is None else valid
-                valid[position] = _ordered(column.is_valid().to_numpy(zero_copy_only=False), order)
-            _put(self.table_rows_of(feature, column), order, single[position])
+        single, valid = self._single(table, order)
         jagged = {f.name: self._jagged(f, table, order) for f in (*self.multi, *self.weighted, *self.sequence)}
         labels, label_mask = self._labels(table, order)
         return EncodedChunk(
@@ -238,15 +240,45 @@ class Encoder:
             representation_widths=self.representations,
         )
 
-    def _represented(self, table: pa.Table) -> tuple[FloatArray, BoolArray]:
+    def _single(self, table: pa.Table | pa.RecordBatch, order: IntArray | None) -> tuple[IntArray, BoolArray | None]:
+        """Table rows of the single-id features ``[F, N]``, and where there is an id (None: everywhere)."""
+        single = np.empty((len(self.single), table.num_rows), np.int64)
+        valid: BoolArray | None = None
+        together, tables, salts = self._together if table.num_rows <= ROWS_TOGETHER else ([], [], [])
+        for position, feature in enumerate(self.single):
+            column = one_array(table[feature.name])
+            if column.null_count:
+                valid = np.ones(single.shape, np.bool_) if valid is None else valid
+                valid[position] = _ordered(column.is_valid().to_numpy(zero_copy_only=False), order)
+            find = _ids if position in together else functools.partial(self.table_rows_of, feature)
+            _put(find(column), order, single[position])
+        if together:
+            ids = single[together]
+            table_rows_each(ids, tables, salts, out=ids)
+            single[together] = ids
+        return single, valid
+
+    @functools.cached_property
+    def _together(self) -> tuple[list[int], list[int], list[int]]:
+        """Positions of the single-id features whose rows are a hash of whole numbers; their tables' rows and salts."""
+        tables = [self.schema.tables[feature.table_name] for feature in self.single]
+        positions = [
+            position
+            for position, (feature, table) in enumerate(zip(self.single, tables, strict=True))
+            if feature.id_type == "int64" and table.id_policy == "hash" and table.ids == "hash"
+        ]
+        salts = [self.schema.salt(self.single[position].table_name) for position in positions]
+        return positions, [tables[position].rows for position in positions], salts
+
+    def _represented(self, table: pa.Table | pa.RecordBatch) -> tuple[FloatArray, BoolArray]:
         """The columns named as the representations: ``[N, sum R]`` and mask ``[N, V]``."""
         rows = table.num_rows
         values = np.zeros((rows, sum(width for _, width in self.representations)), np.float32)
         mask = np.zeros((rows, len(self.representations)), np.bool_)
         start = 0
         for position, (name, width) in enumerate(self.representations):
-            if name in table.column_names:
-                column = _one_array(table[name])
+            if table.schema.get_field_index(name) >= 0:
+                column = one_array(table[name])
                 if not pa.types.is_fixed_size_list(column.type) or column.type.list_size != width:
                     raise DataError(f"column {name!r} is {column.type}; give fixed-size lists of {width} floats")
                 known = column.is_valid().to_numpy(zero_copy_only=False)
@@ -308,10 +340,10 @@ class Encoder:
                     "binary; it must be in [0, 1], and null where there is no prediction"
                 )
 
-    def _dense(self, table: pa.Table, order: IntArray | None) -> FloatArray:
+    def _dense(self, table: pa.Table | pa.RecordBatch, order: IntArray | None) -> FloatArray:
         dense = np.empty((table.num_rows, len(self.dense)), np.float32)
         for position, feature in enumerate(self.dense):
-            column = _one_array(table[feature.name])
+            column = one_array(table[feature.name])
             if column.null_count:
                 column = pc.fill_null(column, pa.scalar(feature.missing, column.type))
             values = column.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
@@ -339,9 +371,7 @@ class Encoder:
             indices = pc.fill_null(ids.indices, 0) if ids.null_count else ids.indices
             rows: IntArray = rows_of_words[indices.to_numpy(zero_copy_only=False)]
             return rows
-        if ids.null_count:
-            ids = pc.fill_null(ids, 0)
-        values = ids.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+        values = _ids(ids)
         if table.ids == "modulo":
             wrapped: IntArray = np.mod(values, table.rows)
             return wrapped
@@ -355,11 +385,11 @@ class Encoder:
             return vocabulary_of(self.vocabularies, name).rows(ids)
         return table_rows(ids, table.rows, self.schema.salt(name))
 
-    def _jagged(self, feature: Feature, table: pa.Table, order: IntArray | None) -> JaggedColumn:
-        values, offsets = _list_parts(_one_array(table[feature.name], order))
+    def _jagged(self, feature: Feature, table: pa.Table | pa.RecordBatch, order: IntArray | None) -> JaggedColumn:
+        values, offsets = _list_parts(_taken(table[feature.name], order))
         weights = None
         if feature.kind == "weighted":
-            flat, weight_offsets = _list_parts(_one_array(table[feature.name + WEIGHTS_SUFFIX], order))
+            flat, weight_offsets = _list_parts(_taken(table[feature.name + WEIGHTS_SUFFIX], order))
             if not np.array_equal(weight_offsets, offsets):
                 raise DataError(f"column {feature.name + WEIGHTS_SUFFIX!r}: its lists are not as long as the ids'")
             weights = flat.to_numpy(zero_copy_only=False).astype(np.float32)
@@ -370,21 +400,24 @@ class Encoder:
             weights = None if weights is None else weights[keep]
         return JaggedColumn(rows, offsets, weights)
 
-    def _labels(self, table: pa.Table, order: IntArray | None) -> tuple[FloatArray, BoolArray]:
+    def _labels(self, table: pa.Table | pa.RecordBatch, order: IntArray | None) -> tuple[FloatArray, BoolArray]:
         labels = np.zeros((table.num_rows, len(self.tasks)), np.float32)
         mask = np.zeros((table.num_rows, len(self.tasks)), np.bool_)
         for position, name in enumerate(self.tasks):
             task = self.schema.task(name)
-            column = _one_array(table[task.name])
+            column = one_array(table[task.name])
             mask[:, position] = _ordered(column.is_valid().to_numpy(zero_copy_only=False), order)
             values = pc.fill_null(column, pa.scalar(0.0, column.type)).to_numpy(zero_copy_only=False)
             values = _ordered(values, order)
             labels[:, position] = np.log1p(np.maximum(values, 0)) if task.transform == "log1p" else values
         return labels, mask
 
-    def _traffic(self, table: pa.Table) -> IntArray:
-        column = _one_array(table[TRAFFIC])
-        positions = pc.index_in(column, value_set=pa.array(self.schema.traffics, pa.string()))
+    def _traffic(self, table: pa.Table | pa.RecordBatch) -> IntArray:
+        column = one_array(table[TRAFFIC])
+        words = column.dictionary if pa.types.is_dictionary(column.type) else column
+        positions = pc.index_in(words, value_set=self.traffics)
+        if words is not column:
+            positions = positions.take(column.indices)
         if positions.null_count:
             unknown = column.filter(pc.is_null(positions))[0].as_py()
             raise DataError(f"traffic {unknown!r} is not among the schema's traffics; add it and prepare again")
@@ -400,10 +433,8 @@ def _joined(parts: list[npt.NDArray[ScalarT]]) -> npt.NDArray[ScalarT]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _one_array(column: pa.ChunkedArray, order: IntArray | None = None) -> pa.Array:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # a column without rows has no chunks to combine
-        array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
+def _taken(column: pa.ChunkedArray | pa.Array, order: IntArray | None) -> pa.Array:
+    array = one_array(column)
     return array if order is None else array.take(pa.array(order))
 
 
@@ -418,19 +449,27 @@ def _put(values: npt.NDArray[ScalarT], order: IntArray | None, out: npt.NDArray[
         np.take(values, order, out=out, mode="clip")  # numpy's default gathers beside ``out`` and copies
 
 
-def _integers(column: pa.ChunkedArray) -> IntArray:
+def _ids(column: pa.Array) -> IntArray:
+    """Whole numbers as int64, 0 for a null; a view where that is possible."""
+    if column.null_count:
+        column = pc.fill_null(column, 0)
+    values: IntArray = column.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+    return values
+
+
+def _integers(column: pa.ChunkedArray | pa.Array) -> IntArray:
     """An own copy: torch wants writable memory, and Arrow's is not."""
-    values: IntArray = _one_array(column).to_numpy(zero_copy_only=False).astype(np.int64)
+    values: IntArray = one_array(column).to_numpy(zero_copy_only=False).astype(np.int64)
     return values
 
 
 def _optional(
-    table: pa.Table, name: str, default: npt.NDArray[ScalarT], order: IntArray | None
+    table: pa.Table | pa.RecordBatch, name: str, default: npt.NDArray[ScalarT], order: IntArray | None
 ) -> npt.NDArray[ScalarT]:
     """A reserved column in order, with ``default`` (in order) where it or its value is missing."""
-    if name not in table.column_names:
+    if table.schema.get_field_index(name) < 0:
         return default
-    column = _one_array(table[name])
+    column = one_array(table[name])
     if column.null_count == len(column):
         return default
     found = column.fill_null(0).to_numpy(zero_copy_only=False).astype(default.dtype)

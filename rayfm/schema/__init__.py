@@ -1,6 +1,6 @@
 """What an example, a feature, a table and a task are."""
 
-from rayfm.schema.hashing import mix64, salt_of, string_ids, table_rows, unit_interval
+from rayfm.schema.hashing import mix64, salt_of, string_ids, table_rows, table_rows_each, unit_interval
 from rayfm.schema.schema import (
     EXAMPLE_ID,
     KINDS,
@@ -35,5 +35,6 @@ __all__ = [
     "salt_of",
     "string_ids",
     "table_rows",
+    "table_rows_each",
     "unit_interval",
 ]

@@ -10,6 +10,7 @@ An id is an int64, or a string that is first folded to 64 bits; the row is ``spl
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +29,16 @@ def salt_of(name: str) -> int:
 
 def mix64(values: npt.NDArray[np.int64] | npt.NDArray[np.uint64], salt: int = 0) -> npt.NDArray[np.uint64]:
     """splitmix64 of ``values + salt``, element by element: ``[n] -> [n]`` uint64."""
-    first = np.uint64((salt + _GOLDEN) % 2**64)
-    z = values.view(np.uint64) + first
+    return _mixed(values.view(np.uint64) + _first(salt))
+
+
+def _first(salt: int) -> np.uint64:
+    """What is added to an id before it is mixed."""
+    return np.uint64((salt + _GOLDEN) % 2**64)
+
+
+def _mixed(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finaliser, in place."""
     # In place and with one scratch array: a chunk's column stays in the processor's cache.
     shifted = z >> np.uint64(30)
     z ^= shifted
@@ -52,13 +61,31 @@ def string_ids(values: pa.Array) -> npt.NDArray[np.int64]:
 
 def table_rows(ids: npt.NDArray[np.int64], rows: int, salt: int) -> npt.NDArray[np.int64]:
     """The table row of each id: ``[n] -> [n]`` int64 in ``[0, rows)``."""
-    mixed, divisor = mix64(ids, salt), np.uint64(rows)
-    # The remainder by hand: numpy divides by a scalar without the processor's slow division, but takes remainders
-    # with it.
+    mixed = mix64(ids, salt)
+    _remainder(mixed, np.uint64(rows))
+    return mixed.view(np.int64)
+
+
+def table_rows_each(
+    ids: npt.NDArray[np.int64], rows: Sequence[int], salts: Sequence[int], out: npt.NDArray[np.int64]
+) -> None:
+    """`table_rows` of several features at once, into ``out``: ``[F, n] -> [F, n]``, feature f's in ``[0, rows[f])``.
+
+    For few ids: of a thousand a feature, the calls cost more than the hashing.
+    """
+    mixed = out.view(np.uint64)
+    np.add(ids.view(np.uint64), np.array([[_first(salt)] for salt in salts], np.uint64), out=mixed)
+    _mixed(mixed)
+    for feature, divisor in enumerate(rows):
+        _remainder(mixed[feature], np.uint64(divisor))
+
+
+def _remainder(mixed: npt.NDArray[np.uint64], divisor: np.uint64) -> None:
+    """The remainder of the division, in place."""
+    # By hand: numpy divides by a scalar without the processor's slow division, but takes remainders with it.
     quotient = mixed // divisor
     quotient *= divisor
     mixed -= quotient
-    return mixed.view(np.int64)
 
 
 def unit_interval(ids: npt.NDArray[np.int64], salt: int = 0) -> npt.NDArray[np.float64]:

@@ -40,7 +40,11 @@ def encode_candidates(
     own = conform_columns(encoder, candidates)
     if EXAMPLE_ID in shared:
         raise DataError(f"column {EXAMPLE_ID!r} is the candidates'; send it with them, or leave it out")
-    for name in (TRAFFIC, *(name for name, _ in encoder.representations)):
+    if TRAFFIC in shared:
+        own[TRAFFIC] = _for_each(shared[TRAFFIC], rows)
+    elif TRAFFIC not in own and len(schema.traffics) == 1:
+        own[TRAFFIC] = _for_each(encoder.traffics, rows)
+    for name, _ in encoder.representations:
         if name in shared:
             own[name] = shared[name].take(pa.array(np.zeros(rows, np.int64)))
     fill_columns(schema, own, rows)
@@ -54,18 +58,20 @@ def encode_candidates(
     if not any(name in shared for name in named):
         return mine
     theirs_encoder = encoder.part(tuple(name for name in named if name in shared))
-    theirs = _encode(theirs_encoder, {**shared, EXAMPLE_ID: pa.array([0]), TRAFFIC: _any_traffic(encoder)}, 1)
+    # A traffic for the user's row, whose own is not read: the candidates' rows say it.
+    theirs = _encode(theirs_encoder, {**shared, EXAMPLE_ID: pa.array([0]), TRAFFIC: encoder.traffics.slice(0, 1)}, 1)
     return _joined(encoder, theirs, mine, shared, rows, max_list_values)
 
 
-def _any_traffic(encoder: Encoder) -> pa.Array:
-    """A traffic for the user's row, whose own is not read: the candidates' rows say it."""
-    return pa.array([encoder.schema.traffics[0]])
+def _for_each(one: pa.Array, rows: int) -> pa.Array:
+    """A text of all candidates, which is looked up once."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), one)
 
 
 def _encode(encoder: Encoder, arrays: Mapping[str, pa.Array], rows: int) -> EncodedChunk:
     vectors = [name for name, _ in encoder.representations if name in arrays]
-    table = pa.table({name: arrays[name] for name in (*encoder.columns, *vectors)})
+    names = [*encoder.columns, *vectors]
+    table = pa.record_batch([arrays[name] for name in names], names)
     none = np.zeros((rows, 0), np.float32)
     return encoder.encode(table, np.zeros(rows, np.int64), none, none.astype(np.bool_))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 import pyarrow as pa
@@ -32,6 +33,9 @@ from rayfm.serving.student import Students
 from rayfm.serving.teacher import TeacherServiceConfig
 
 GRPC_SERVICER = "rayfm.client.proto.scoring_pb2_grpc.add_ScoringServicer_to_server"
+TURN_S = 2e-4
+"""Seconds that one thread of a replica keeps the interpreter while others wait. With Python's 5 ms, longer than most
+requests take, the thread that scores waits between two of torch's calls until another has decoded its request."""
 
 
 class TeacherPlan(Replicas):
@@ -162,6 +166,7 @@ class EndpointsReplica:
         self.plan = EndpointsPlan.model_validate(plan)
         config = self.plan.endpoints
         torch.set_num_threads(config.threads)
+        sys.setswitchinterval(TURN_S)
         self._token = token
         students = Students(self.plan.root, self.plan.students, config, student_follower(self.plan.root, config))
         follow_items = item_follower(self.plan.root, self.plan.store, config)
