@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from rayfm.cli.display import console
 from rayfm.config import ConfigError
 from rayfm.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from rayfm.reproduce.runner import Progress
+
+
+class Ended:
+    """A line for each study that has ended, with the seconds since the start: in a log, where no bar can move."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._start = console, time.monotonic()
+        self._said: set[str] = set()
+
+    def update(self, studies: list[Progress]) -> None:
+        """As `rayfm.reproduce.runner.Watch`."""
+        for study in studies:
+            if study.done >= study.total and study.study not in self._said:
+                self._said.add(study.study)
+                seconds = time.monotonic() - self._start
+                self._console.print(f"{seconds:7.0f} s  {study.study} ({study.models} models)", highlight=False)
 
 
 def reproduce_and_show(
@@ -23,7 +45,6 @@ def reproduce_and_show(
     quiet_libraries()
     from rayfm.reproduce.html import write_tables
     from rayfm.reproduce.run import reproduce
-    from rayfm.reproduce.runner import Progress
     from rayfm.reproduce.show import show
     from rayfm.reproduce.table import TABLES
 
@@ -37,8 +58,12 @@ def reproduce_and_show(
         console=console, refresh_per_second=2,
     )  # fmt: skip
     tasks: dict[str, TaskID] = {}
+    ended = Ended(console)
 
     def watch(studies: list[Progress]) -> None:
+        if not console.is_terminal:
+            ended.update(studies)
+            return
         for study in studies:
             if study.study not in tasks:
                 tasks[study.study] = bars.add_task(f"{study.study} ({study.models} models)", total=study.total)
