@@ -7,6 +7,7 @@ A test may kill one (`Server.kill`), freeze it (`Server.pause`) and start it aga
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -21,6 +22,8 @@ import pytest
 LOOPBACK = "127.0.0.1"
 START_S = 60.0
 ZOOKEEPER_JAR = Path("/usr/share/java/zookeeper.jar")
+NETTY_JARS = tuple(Path(f"/usr/share/java/netty-{part}.jar") for part in ("codec", "resolver"))
+"""What the jar of Debian's ZooKeeper leaves out of its class path, and TLS needs."""
 ZOOKEEPER_TICK_MS = 200
 """ZooKeeper grants sessions of 2 to 20 ticks: short ones, so that tests see them expire."""
 
@@ -154,6 +157,48 @@ def zookeeper(folder: Path) -> Server:
     return _zookeeper("ZooKeeper", folder, free_port(), "ZooKeeperServerMain", {})
 
 
+@dataclasses.dataclass(frozen=True)
+class TLSFiles:
+    """PEM files of a ZooKeeper that lets in only who has a certificate of the same authority."""
+
+    ca: Path
+    certificate: Path
+    """Of a client; of a server too, as 127.0.0.1."""
+    key: Path
+
+
+def zookeeper_tls(folder: Path) -> tuple[Server, str, TLSFiles]:
+    """A ZooKeeper with a second port for TLS, not started yet; the second port's address; a client's files."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        missing("openssl")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = TLSFiles(folder / "certificate.pem", folder / "certificate.pem", folder / "key.pem")
+    # One that signs itself is its own authority, and both sides may show it.
+    subprocess.run(
+        [
+            *(str(openssl), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=rayfm test"),
+            *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(files.key), "-out", str(files.certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    both = folder / "server.pem"
+    both.write_text(files.key.read_text() + files.certificate.read_text())
+    port = free_port()
+    settings = {
+        "secureClientPort": port,
+        "secureClientPortAddress": LOOPBACK,
+        "serverCnxnFactory": "org.apache.zookeeper.server.NettyServerCnxnFactory",
+        "ssl.keyStore.type": "PEM",
+        "ssl.keyStore.location": both,
+        "ssl.trustStore.type": "PEM",
+        "ssl.trustStore.location": files.ca,
+    }
+    server = _zookeeper("ZooKeeper", folder, free_port(), "ZooKeeperServerMain", settings)
+    return server, f"{LOOPBACK}:{port}", files
+
+
 def zookeeper_ensemble(folder: Path, size: int = 3) -> list[Server]:
     """The servers of one ZooKeeper, not started yet. Start them together: one alone is no majority and never ready."""
     ports = [(free_port(), free_port(), free_port()) for _ in range(size)]
@@ -186,7 +231,12 @@ def _zookeeper(name: str, folder: Path, port: int, main: str, more: Mapping[str,
     (folder / "zoo.cfg").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
     command = [
         *(str(java), "-Xmx128m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"),
-        *("-cp", str(ZOOKEEPER_JAR), f"org.apache.zookeeper.server.{main}", str(folder / "zoo.cfg")),
+        *(
+            "-cp",
+            ":".join(map(str, (ZOOKEEPER_JAR, *NETTY_JARS))),
+            f"org.apache.zookeeper.server.{main}",
+            str(folder / "zoo.cfg"),
+        ),
     ]
     # Unlike `ruok`, `srvr` is answered in earnest only once requests are served.
     return Server(name, command, port, folder, b"srvr", b"Zookeeper version")

@@ -64,8 +64,9 @@ class EndpointsConfig(Scale):
     poll_s: float = Field(2.0, gt=0)
     """Seconds between looks for a newer version."""
     metadata: str | None = None
-    """Metadata store, as a URL (``sqlite:///PATH``, ``zookeeper://HOST:PORT/ROOT``): teachers and students follow the
-    version that is `current` there, with leases, pins and rollbacks. By default the run's own."""
+    """Metadata store, as a URL (``sqlite:///PATH``, ``zookeeper://HOST:PORT/ROOT``, ``zookeeper+tls://`` over TLS):
+    teachers and students follow the version that is `current` there, with leases, pins and rollbacks. By default the
+    run's own."""
     compile: CompileConfig = CompileConfig()
     """In what form students are served."""
     near_line: NearLineOptions | None = None

@@ -198,7 +198,7 @@ class NearLineConfig(NearLineOptions):
     @field_validator("metadata")
     @classmethod
     def _metadata(cls, url: str | None) -> str | None:
-        if url is not None and not url.startswith(("sqlite:///", "zookeeper://")):
+        if url is not None and not url.startswith(("sqlite:///", "zookeeper://", "zookeeper+tls://")):
             raise ValueError(f"metadata store {url!r}: write {FORMS}")
         return url
 

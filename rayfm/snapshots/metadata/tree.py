@@ -35,6 +35,7 @@ from kazoo.exceptions import (
     ConnectionClosedError,
     ConnectionLoss,
     KazooException,
+    NoAuthError,
     NodeExistsError,
     NoNodeError,
     NotEmptyError,
@@ -48,6 +49,7 @@ from kazoo.handlers.threading import KazooTimeoutError
 from kazoo.protocol.states import KeeperState
 from kazoo.retry import KazooRetry
 
+from rayfm.snapshots.metadata.access import AUTH, client_options
 from rayfm.snapshots.metadata.base import StoreUnavailable
 
 SESSION_S = 10.0
@@ -113,10 +115,13 @@ class Tree:
         root: a znode's absolute path; made where it is missing.
         folders: names of the trees of cells below it.
         wait_s: how long an operation goes on trying while the servers do not answer.
+        tls: whether to talk to them over TLS.
     """
 
-    def __init__(self, hosts: str, root: str, folders: Iterable[str], wait_s: float = WAIT_S) -> None:
-        self.hosts, self.root, self.folders, self.wait_s = hosts, root, tuple(folders), wait_s
+    def __init__(
+        self, hosts: str, root: str, folders: Iterable[str], wait_s: float = WAIT_S, tls: bool = False
+    ) -> None:
+        self.hosts, self.root, self.folders, self.wait_s, self.tls = hosts, root, tuple(folders), wait_s, tls
         self._connecting, self._writing = threading.RLock(), threading.RLock()
         self._client: KazooClient | None = None
         self._end: weakref.finalize[..., Any] | None = None
@@ -343,12 +348,17 @@ class Tree:
                     why = f"{type(error).__name__} {error}".strip()
                     raise StoreUnavailable(
                         f"ZooKeeper at {self.hosts} does not answer for {self.wait_s:g} s ({why}); "
-                        "check the servers and the network"
+                        f"check the servers and the network{', and the certificates' if self.tls else ''}"
                     ) from None
                 if client is not None and client.client_state == KeeperState.CLOSED:
                     self._drop(client)
             except (NoNodeError, NodeExistsError, BadVersionError, NotEmptyError):
                 raise
+            except NoAuthError:
+                raise StoreUnavailable(
+                    f"ZooKeeper at {self.hosts}: who made {self.root}, or what is above it, lets nobody else in; set "
+                    f"{AUTH} to the same USER:PASSWORD"
+                ) from None
             except KazooException as error:
                 raise StoreUnavailable(f"ZooKeeper at {self.hosts} refuses: {type(error).__name__} {error}") from error
             time.sleep(pause)
@@ -366,6 +376,7 @@ class Tree:
                 hosts=self.hosts,
                 timeout=SESSION_S,
                 connection_retry=KazooRetry(max_tries=-1, delay=0.05, max_delay=1.0),
+                **client_options(self.tls),
             )
             client.start(timeout=max(0.1, deadline - time.monotonic()))
             try:

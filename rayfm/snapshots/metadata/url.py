@@ -10,7 +10,8 @@ from rayfm.config import ConfigError
 from rayfm.snapshots.metadata.base import MetadataStore
 from rayfm.snapshots.metadata.sqlite import SQLiteMetadataStore
 
-FORMS = "sqlite:///absolute/path or zookeeper://host:port,host:port/root"
+FORMS = "sqlite:///absolute/path or zookeeper://host:port,host:port/root (zookeeper+tls:// over TLS)"
+_ZOOKEEPER, _TLS = "zookeeper", "zookeeper+tls"
 
 _HOST = re.compile(r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):(\d{1,5})")
 _ROOT = re.compile(r"(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
@@ -27,12 +28,15 @@ def check_metadata_url(url: str) -> str:
 
 
 def open_metadata(url: str) -> MetadataStore:
-    """The store that ``url`` names: ``sqlite:///path`` (one machine) or ``zookeeper://host:port,.../root`` (a cluster).
+    """The store that ``url`` names: ``sqlite:///path`` (one machine) or ``zookeeper://host:port,.../root`` (a cluster),
+    ``zookeeper+tls://`` over TLS.
 
-    ZooKeeper is connected to by the first operation; the root is ``/rayfm`` where the URL has none.
+    ZooKeeper is connected to by the first operation; the root is ``/rayfm`` where the URL has none. Credentials come
+    from the environment: `rayfm.snapshots.metadata.access`.
 
     Raises:
-        ConfigError: the URL is neither, or kazoo is not installed; SnapshotError: the file is no such store.
+        ConfigError: the URL is neither, kazoo is not installed, or the credentials are malformed; SnapshotError: the
+            file is no such store.
     """
     try:
         scheme, hosts, path = _parse(url)
@@ -46,7 +50,7 @@ def open_metadata(url: str) -> MetadataStore:
         if (error.name or "").split(".")[0] != "kazoo":
             raise
         raise ConfigError(f"metadata store {url!r} needs kazoo: pip install 'rayfm[cluster]'") from None
-    return ZooKeeperMetadataStore(hosts, path or DEFAULT_ROOT)
+    return ZooKeeperMetadataStore(hosts, path or DEFAULT_ROOT, tls=scheme == _TLS)
 
 
 def _parse(url: str) -> tuple[str, str, str]:
@@ -61,7 +65,7 @@ def _parse(url: str) -> tuple[str, str, str]:
         if parts.netloc or parts.path in ("", "/"):
             raise ValueError(f"metadata store {url!r}: write sqlite:///absolute/path (three slashes)")
         return "sqlite", "", unquote(parts.path)
-    if parts.scheme != "zookeeper":
+    if parts.scheme not in (_ZOOKEEPER, _TLS):
         raise ValueError(f"metadata store {url!r}: write {FORMS}")
     for host in parts.netloc.split(","):
         found = _HOST.fullmatch(host)
@@ -72,4 +76,4 @@ def _parse(url: str) -> tuple[str, str, str]:
         raise ValueError(f"metadata store {url!r}: the root is a path of letters, digits, '_', '.', '-'")
     if root.split("/")[1:2] == ["zookeeper"]:
         raise ValueError(f"metadata store {url!r}: /zookeeper is ZooKeeper's own; choose another root")
-    return "zookeeper", parts.netloc, root
+    return parts.scheme, parts.netloc, root

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rayfm.config import SnapshotError
+from rayfm.snapshots.metadata.access import client_options
 from rayfm.snapshots.metadata.base import (
     Conflict,
     Entry,
@@ -40,18 +41,23 @@ class ZooKeeperMetadataStore:
 
     May be shared by threads, and by processes (each opens its own session; the object pickles as its address). The
     session starts with the first operation. While the servers do not answer, an operation goes on trying for
-    ``wait_s`` seconds and then raises `StoreUnavailable`.
+    ``wait_s`` seconds and then raises `StoreUnavailable`. Credentials come from each process's environment
+    (`rayfm.snapshots.metadata.access`).
+
+    Raises:
+        ConfigError: the environment's credentials are malformed, or do not go with ``tls``.
     """
 
-    def __init__(self, hosts: str, root: str = DEFAULT_ROOT, wait_s: float = WAIT_S) -> None:
-        self.hosts, self.root, self.wait_s = hosts, root, wait_s
-        self._tree = Tree(hosts, root, (_ENTRIES, _LEASES), wait_s)
+    def __init__(self, hosts: str, root: str = DEFAULT_ROOT, wait_s: float = WAIT_S, tls: bool = False) -> None:
+        client_options(tls)  # refused here, not at the first operation
+        self.hosts, self.root, self.wait_s, self.tls = hosts, root, wait_s, tls
+        self._tree = Tree(hosts, root, (_ENTRIES, _LEASES), wait_s, tls)
 
     def __repr__(self) -> str:
-        return f"ZooKeeperMetadataStore({self.hosts!r}, {self.root!r})"
+        return f"ZooKeeperMetadataStore({self.hosts!r}, {self.root!r}{', tls=True' if self.tls else ''})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"hosts": self.hosts, "root": self.root, "wait_s": self.wait_s}
+        return {"hosts": self.hosts, "root": self.root, "wait_s": self.wait_s, "tls": self.tls}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
