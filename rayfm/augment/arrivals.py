@@ -13,7 +13,8 @@ from rayfm.augment.config import FeedbackConfig, ImpressionsConfig, JoinConfig, 
 from rayfm.augment.rules import Bool, Int64
 from rayfm.augment.state import EVENT_ID, FEEDBACK, STREAM, TASK, VALUE
 from rayfm.config import DataError, nearest
-from rayfm.data.conform import conform, one_array
+from rayfm.data.columns import one_array
+from rayfm.data.conform import conform
 from rayfm.data.sources.base import KIND_COLUMN
 from rayfm.data.sources.times import to_microseconds
 from rayfm.data.validate import REASON

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayfm.config import DataError, nearest
+from rayfm.data.columns import list_parts, one_array
 from rayfm.data.sources.base import KIND_COLUMN, TRUTH_PREFIX
 from rayfm.schema import LOGGED_PREFIX, RESERVED_COLUMNS, Schema
 
@@ -40,26 +41,6 @@ def store_schema(schema: Schema, names: Iterable[str]) -> pa.Schema:
     extra = sorted(name for name in present - taken if name.startswith((LOGGED_PREFIX, TRUTH_PREFIX)))
     fields += [pa.field(name, pa.float32()) for name in extra]
     return pa.schema([*fields, pa.field(KIND_COLUMN, pa.string())])
-
-
-def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """The column as one array, itself where it is one (a column without rows has no chunk to begin with)."""
-    if isinstance(column, pa.Array):
-        return column
-    if column.num_chunks == 1:
-        return column.chunk(0)
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
-    return array
-
-
-def list_parts(array: pa.Array) -> tuple[pa.Array, npt.NDArray[np.int64]]:
-    """Flat values and zero-based offsets ``[N + 1]`` of a list array of any flavour; a null list is an empty one."""
-    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    offsets = np.zeros(len(array) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return array.flatten(), offsets
 
 
 def any_in_list(mask: Bool, offsets: npt.NDArray[np.int64]) -> Bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +23,25 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from rayfm.config import DataError
 from rayfm.data.batch import Batch
-from rayfm.data.conform import one_array
+from rayfm.data.columns import (
+    IntArray,
+    ScalarT,
+    list_parts,
+    one_array,
+    optional,
+    ordered,
+    put,
+    taken,
+    truncate,
+    valid_rows,
+    whole_numbers,
+)
 from rayfm.data.steps import StepRows
 from rayfm.data.vocabulary import Vocabulary, vocabulary_of
 from rayfm.schema import EXAMPLE_ID, TRAFFIC, WEIGHTS_SUFFIX, Feature, Schema, string_ids, table_rows, table_rows_each
 
-IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
-ScalarT = TypeVar("ScalarT", bound=np.generic)
 
 MAX_PARTS = 16
 """Encoders of parts of the features that an encoder keeps."""
@@ -181,7 +191,8 @@ class Encoder:
         rows = table.num_rows
         if representation is None and self.representations:
             representation, representation_mask = self._represented(table)
-        example_id = _ordered(_integers(table[EXAMPLE_ID]), order)
+        # An own copy: torch wants writable memory, and Arrow's is not.
+        example_id = ordered(one_array(table[EXAMPLE_ID]).to_numpy(zero_copy_only=False).astype(np.int64), order)
         single, valid = self._single(table, order)
         jagged = {f.name: self._jagged(f, table, order) for f in (*self.multi, *self.weighted, *self.sequence)}
         labels, label_mask = self._labels(table, order)
@@ -196,10 +207,10 @@ class Encoder:
             supervision_mask=supervision_mask,
             example_id=example_id,
             kind=kind,
-            traffic=_ordered(self._traffic(table), order),
-            weight=_optional(table, "sampling_weight", np.ones(rows, np.float32), order),
-            group=_optional(table, "request_id", np.full(rows, -1, np.int64), order),
-            user=_optional(table, "user_id", example_id, order),
+            traffic=ordered(self._traffic(table), order),
+            weight=optional(table, "sampling_weight", np.ones(rows, np.float32), order),
+            group=optional(table, "request_id", np.full(rows, -1, np.int64), order),
+            user=optional(table, "user_id", example_id, order),
             representation=representation,
             representation_mask=representation_mask,
         )
@@ -249,9 +260,9 @@ class Encoder:
             column = one_array(table[feature.name])
             if column.null_count:
                 valid = np.ones(single.shape, np.bool_) if valid is None else valid
-                valid[position] = _ordered(column.is_valid().to_numpy(zero_copy_only=False), order)
-            find = _ids if position in together else functools.partial(self.table_rows_of, feature)
-            _put(find(column), order, single[position])
+                valid[position] = ordered(valid_rows(column), order)
+            find = whole_numbers if position in together else functools.partial(self.table_rows_of, feature)
+            put(find(column), order, single[position])
         if together:
             ids = single[together]
             table_rows_each(ids, tables, salts, out=ids)
@@ -281,7 +292,7 @@ class Encoder:
                 column = one_array(table[name])
                 if not pa.types.is_fixed_size_list(column.type) or column.type.list_size != width:
                     raise DataError(f"column {name!r} is {column.type}; give fixed-size lists of {width} floats")
-                known = column.is_valid().to_numpy(zero_copy_only=False)
+                known = valid_rows(column)
                 flat = column.flatten().cast(pa.float32())  # leaves out what stands behind a null
                 if flat.null_count or not pc.all(pc.is_finite(flat), min_count=0).as_py():
                     raise DataError(f"column {name!r} has a list with a null, NaN or infinite value; leave it null")
@@ -353,7 +364,7 @@ class Encoder:
                 values = np.sign(values) * np.log1p(np.abs(values))
             if feature.mean != 0 or feature.std != 1:
                 values = (values - np.float32(feature.mean)) / np.float32(feature.std)
-            dense[:, position] = _ordered(values, order)
+            dense[:, position] = ordered(values, order)
         return dense
 
     def table_rows_of(self, feature: Feature, ids: pa.Array) -> IntArray:
@@ -371,7 +382,7 @@ class Encoder:
             indices = pc.fill_null(ids.indices, 0) if ids.null_count else ids.indices
             rows: IntArray = rows_of_words[indices.to_numpy(zero_copy_only=False)]
             return rows
-        values = _ids(ids)
+        values = whole_numbers(ids)
         if table.ids == "modulo":
             wrapped: IntArray = np.mod(values, table.rows)
             return wrapped
@@ -386,16 +397,16 @@ class Encoder:
         return table_rows(ids, table.rows, self.schema.salt(name))
 
     def _jagged(self, feature: Feature, table: pa.Table | pa.RecordBatch, order: IntArray | None) -> JaggedColumn:
-        values, offsets = _list_parts(_taken(table[feature.name], order))
+        values, offsets = _ids_of_lists(taken(table[feature.name], order))
         weights = None
         if feature.kind == "weighted":
-            flat, weight_offsets = _list_parts(_taken(table[feature.name + WEIGHTS_SUFFIX], order))
+            flat, weight_offsets = _ids_of_lists(taken(table[feature.name + WEIGHTS_SUFFIX], order))
             if not np.array_equal(weight_offsets, offsets):
                 raise DataError(f"column {feature.name + WEIGHTS_SUFFIX!r}: its lists are not as long as the ids'")
             weights = flat.to_numpy(zero_copy_only=False).astype(np.float32)
         rows = self.table_rows_of(feature, values)
         if feature.max_len is not None:
-            keep, offsets = _truncate(offsets, feature.max_len, newest=feature.kind == "sequence")
+            keep, offsets = truncate(offsets, feature.max_len, newest=feature.kind == "sequence")
             rows = rows[keep]
             weights = None if weights is None else weights[keep]
         return JaggedColumn(rows, offsets, weights)
@@ -406,9 +417,9 @@ class Encoder:
         for position, name in enumerate(self.tasks):
             task = self.schema.task(name)
             column = one_array(table[task.name])
-            mask[:, position] = _ordered(column.is_valid().to_numpy(zero_copy_only=False), order)
+            mask[:, position] = ordered(valid_rows(column), order)
             values = pc.fill_null(column, pa.scalar(0.0, column.type)).to_numpy(zero_copy_only=False)
-            values = _ordered(values, order)
+            values = ordered(values, order)
             labels[:, position] = np.log1p(np.maximum(values, 0)) if task.transform == "log1p" else values
         return labels, mask
 
@@ -429,73 +440,13 @@ def _tensor(values: npt.NDArray[Any] | None, start: int, stop: int) -> torch.Ten
     return None if values is None else torch.from_numpy(values[start:stop])
 
 
-def _joined(parts: list[npt.NDArray[ScalarT]]) -> npt.NDArray[ScalarT]:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _taken(column: pa.ChunkedArray | pa.Array, order: IntArray | None) -> pa.Array:
-    array = one_array(column)
-    return array if order is None else array.take(pa.array(order))
-
-
-def _ordered(values: npt.NDArray[ScalarT], order: IntArray | None) -> npt.NDArray[ScalarT]:
-    return values if order is None else values[order]
-
-
-def _put(values: npt.NDArray[ScalarT], order: IntArray | None, out: npt.NDArray[ScalarT]) -> None:
-    if order is None:
-        out[:] = values
-    else:
-        np.take(values, order, out=out, mode="clip")  # numpy's default gathers beside ``out`` and copies
-
-
-def _ids(column: pa.Array) -> IntArray:
-    """Whole numbers as int64, 0 for a null; a view where that is possible."""
-    if column.null_count:
-        column = pc.fill_null(column, 0)
-    values: IntArray = column.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
-    return values
-
-
-def _integers(column: pa.ChunkedArray | pa.Array) -> IntArray:
-    """An own copy: torch wants writable memory, and Arrow's is not."""
-    values: IntArray = one_array(column).to_numpy(zero_copy_only=False).astype(np.int64)
-    return values
-
-
-def _optional(
-    table: pa.Table | pa.RecordBatch, name: str, default: npt.NDArray[ScalarT], order: IntArray | None
-) -> npt.NDArray[ScalarT]:
-    """A reserved column in order, with ``default`` (in order) where it or its value is missing."""
-    if table.schema.get_field_index(name) < 0:
-        return default
-    column = one_array(table[name])
-    if column.null_count == len(column):
-        return default
-    found = column.fill_null(0).to_numpy(zero_copy_only=False).astype(default.dtype)
-    values: npt.NDArray[ScalarT] = _ordered(found, order)
-    if not column.null_count:
-        return values
-    return np.where(_ordered(column.is_valid().to_numpy(zero_copy_only=False), order), values, default)
-
-
-def _list_parts(column: pa.ListArray) -> tuple[pa.Array, IntArray]:
-    """Flat values and zero-based offsets ``[N + 1]`` of a list column; a null list is an empty one."""
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-    offsets = np.zeros(len(column) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    values = column.flatten()
+def _ids_of_lists(column: pa.Array) -> tuple[pa.Array, IntArray]:
+    """`list_parts` of lists of ids or weights."""
+    values, offsets = list_parts(column)
     if values.null_count:
         raise DataError("a list holds a null id; prepare the examples again")
     return values, offsets
 
 
-def _truncate(offsets: IntArray, max_len: int, newest: bool) -> tuple[IntArray, IntArray]:
-    """Positions to keep, and the new offsets, when each list is cut to its last (or first) ``max_len`` items."""
-    lengths = np.diff(offsets)
-    kept = np.minimum(lengths, max_len)
-    starts = offsets[1:] - kept if newest else offsets[:-1]
-    new_offsets = np.zeros_like(offsets)
-    np.cumsum(kept, out=new_offsets[1:])
-    keep = np.arange(new_offsets[-1]) + np.repeat(starts - new_offsets[:-1], kept)
-    return keep, new_offsets
+def _joined(parts: list[npt.NDArray[ScalarT]]) -> npt.NDArray[ScalarT]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

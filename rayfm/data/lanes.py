@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayfm.data.conform import one_array
+from rayfm.data.columns import one_array
 from rayfm.data.sources.base import TRUTH_PREFIX
 from rayfm.data.store import ExampleStore, LaneFile, Marginal, file_sha256
 from rayfm.schema import EXAMPLE_ID, LOGGED_PREFIX, TIME, TRAFFIC, Kind, Schema

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayfm.data.conform import any_in_list, conform, list_parts, store_schema
+from rayfm.data.columns import list_parts
+from rayfm.data.conform import any_in_list, conform, store_schema
 from rayfm.data.sources.base import KIND_COLUMN, TRUTH_PREFIX, Period
 from rayfm.schema import EXAMPLE_ID, KINDS, TIME, TRAFFIC, WEIGHTS_SUFFIX, Feature, Schema, mix64, string_ids
 

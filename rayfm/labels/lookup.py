@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from rayfm.config import LabelError
-from rayfm.data.conform import one_array
+from rayfm.data.columns import one_array
 from rayfm.labels.columns import EXAMPLE_ID, KIND, LANE, REPRESENTATION, ROW, TASK_PREFIX, VERSION, task_column
 from rayfm.labels.delta import open_table
 from rayfm.labels.files import Files

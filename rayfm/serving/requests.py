@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayfm.config import DataError, nearest
-from rayfm.data.conform import conform, list_parts, one_array
+from rayfm.data.columns import list_parts, one_array
+from rayfm.data.conform import conform
 from rayfm.data.encode import Encoder
 from rayfm.data.sources.base import KIND_COLUMN, TRUTH_PREFIX
 from rayfm.schema import EXAMPLE_ID, LOGGED_PREFIX, RESERVED_COLUMNS, TRAFFIC, WEIGHTS_SUFFIX, Feature, Schema
