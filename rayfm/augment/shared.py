@@ -47,13 +47,13 @@ class SharedDataset:
 
     def waiting(self) -> list[tuple[str, str]]:
         """(period, file) of labelled examples that the teacher has not scored, in time order."""
-        examples = self.root / EXAMPLES
-        files = sorted(path.relative_to(examples) for path in examples.glob("period=*/batch-*.parquet"))
-        return [
-            (str(path.parent.name).removeprefix("period="), path.name)
-            for path in files
-            if not (self.folder / path).exists()
-        ]
+
+        def files(folder: Path) -> set[tuple[str, str]]:
+            # Both sides listed, not looked for one by one: a shared file system answers once a folder.
+            found = folder.glob("period=*/batch-*.parquet")
+            return {(path.parent.name.removeprefix("period="), path.name) for path in found}
+
+        return sorted(files(self.root / EXAMPLES) - files(self.folder))
 
     def label(
         self,
