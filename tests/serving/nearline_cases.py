@@ -14,7 +14,11 @@ import torch
 from rayfm.models import MODELS, build_model
 from rayfm.schema import Schema
 from rayfm.serving.nearline.config import NearLineConfig
+from rayfm.serving.nearline.labeller import Labeller
+from rayfm.serving.nearline.labels import NearLineLabels
+from rayfm.serving.nearline.rows import Versions, check_post
 from rayfm.serving.nearline.spool import ROW, Spool
+from rayfm.snapshots import SnapshotStore
 from rayfm.snapshots.publish import publish
 
 MODEL, TEACHER = "fm.teacher.0", "fm"
@@ -121,3 +125,23 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 def queued(spool: Spool, count: int = 2) -> str:
     """The ticket of a post that waits."""
     return spool.accept(rows(count).append_column(ROW, pa.array(range(count), pa.int64())), V1)
+
+
+class Bench:
+    """A labeller with what it works on."""
+
+    def __init__(self, root: Path) -> None:
+        self.config = config(root)
+        self.spool, self.labels = Spool(root, TEACHER), NearLineLabels(root)
+        self.versions, self.oracle = Versions(SnapshotStore(root), MODEL), Oracle()
+        self.labeller = Labeller(self.config, self.spool, self.labels, self.versions, self.oracle)
+
+    def accept(self, table: pa.Table, version: str = V1) -> str:
+        post = check_post(table, TEACHER, self.versions.get(version))
+        return self.spool.accept(post.good, version, post.rejects)
+
+    def label(self, *tickets: str):
+        return self.labeller.label([self.spool.read(ticket) for ticket in tickets])
+
+    def stored(self) -> pa.Table:
+        return self.labels.rows(TEACHER).sort_by([("ticket", "ascending"), ("row", "ascending")])
