@@ -38,8 +38,10 @@ def _section(result: Result) -> Section:
             cells += [number(theirs), ours(found)] if known else [ours(found)]
         rows.append(cells)
     note = " ".join(["± is half the 95 % interval over users and seeds.", *result.notes])
-    section.parts.append(Listing("The paper's numbers beside ours", header, rows, note))
-    section.parts.append(_claims("The paper's claims", result.claims))
+    title = "The paper's numbers beside ours" if any(paper) else "Our numbers"
+    section.parts.append(Listing(title, header, rows, note))
+    if result.claims:
+        section.parts.append(_claims("The paper's claims", result.claims))
     if result.apart:
         note = "The paper has no such claims; they are corrected among themselves, and not counted."
         section.parts.append(_claims("Tested beside them", result.apart, note))

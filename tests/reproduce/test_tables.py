@@ -203,6 +203,16 @@ def test_a_page_shows_numbers_figures_and_verdicts(tmp_path) -> None:
     assert f"rayfm {rayfm.__version__}, numbers {study_module.NUMBERS}" in page
 
 
+def test_a_page_does_not_speak_of_a_paper_that_has_no_numbers(tmp_path) -> None:
+    rows = [dataclasses.replace(row, paper=(None, None)) for row in filled().rows]
+    page = write_tables([dataclasses.replace(filled(), rows=rows, claims=[])], {}, tmp_path / "own.html").read_text()
+    assert "The paper&#39;s" not in page.split("<main", 1)[-1]
+    assert "Our numbers" in page
+    shown = write_tables([filled()], {}, tmp_path / "paper.html").read_text()
+    assert "The paper&#39;s claims" in shown
+    assert "The paper&#39;s numbers beside ours" in shown
+
+
 class FilledRunner:
     """Gives every variant the same value, and every pair the same difference."""
 

@@ -291,6 +291,36 @@ def test_nothing_is_left_of_what_was_removed(store):
     assert client.get_children(f"{store.root}/entries") == client.get_children(f"{store.root}/leases") == []
 
 
+@pytest.fixture
+def scarred(store) -> ZooKeeperMetadataStore:
+    """A store whose server has missed that a value of ``k`` was replaced, as ZooKeeper 3.8.0's do at times."""
+    store.compare_and_set("k", b"1", None)
+    cell = store._tree.read("entries", "k")
+    store._tree._client.create(f"{store.root}/entries/k/=/former", b"former")
+    store._tree.put("entries", "k", cell, b"2")
+    return store
+
+
+def test_of_two_values_the_one_written_last_counts(scarred, caplog):
+    entry = scarred.get("k")
+    assert entry.value == b"2"
+    assert [found.value for found in scarred.list("")] == [b"2"]
+    revision = scarred.compare_and_set("k", b"3", entry.revision)
+    with pytest.raises(Conflict):
+        scarred.compare_and_set("k", b"4", entry.revision)
+    assert scarred.get("k").revision == revision
+    (warning,) = [record.message for record in caplog.records if "former values of k" in record.message]
+    assert scarred.hosts in warning
+
+
+def test_a_key_with_a_former_value_can_be_removed(scarred):
+    scarred.delete("k", scarred.get("k").revision)
+    assert scarred.get("k") is None
+    scarred.compare_and_set("k", b"again", None)
+    assert len(scarred._tree._client.get_children(f"{scarred.root}/entries/k/=")) == 1
+    assert scarred.get("k").value == b"again"
+
+
 def test_values_that_zookeeper_cannot_hold_are_refused(store):
     store.compare_and_set("k", b"x" * MAX_VALUE_BYTES, None)
     with pytest.raises(SnapshotError, match="ZooKeeper holds at most"):

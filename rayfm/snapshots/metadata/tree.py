@@ -14,6 +14,10 @@ writer's own znode, from that znode's known version. When the connection breaks,
 there means that the write happened. Otherwise it raises the version, after which a straggler of the lost connection
 can no more succeed, and writes again. This needs no session to survive, and no ephemeral znode.
 
+**Servers that have lost a transaction.** A server of some versions of ZooKeeper that joins its ensemble anew may miss a
+transaction that the others have: ours is then a cell with two children, for good. The one of the latest transaction is
+the cell; the server that leads decides about writes, whatever another one shows.
+
 **The server's clock.** The writer's znode carries the time and the transaction id of the write, both of the server.
 """
 
@@ -21,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import threading
 import time
@@ -60,6 +65,8 @@ CLIENT_KEPT_S = 86_400.0
 """A writer's znode that is older than this is removed once there are many; a writer that still lives makes another."""
 
 CLIENTS_BEFORE_PRUNING = 64
+
+_LOG = logging.getLogger(__name__)
 
 _CELL = "="  # no key has such a part
 _LOST = (
@@ -130,6 +137,7 @@ class Tree:
         """This process's own znode, once it has written; shared with what ends the session."""
         self._version: int | None = None
         """Of that znode, where it is known."""
+        self._warned = False
 
     def close(self) -> None:
         """End the session; the next operation starts another."""
@@ -160,11 +168,15 @@ class Tree:
                 names = client.get_children_async(home)
                 _result(synced, deadline)
                 try:
-                    (name,) = _result(names, deadline)
+                    paths = [f"{home}/{name}" for name in _result(names, deadline)]
                 except NoNodeError:
                     return None
-                with contextlib.suppress(NoNodeError):  # replaced in between: look again
-                    return _cell(f"{home}/{name}", _result(client.get_async(f"{home}/{name}"), deadline))
+                found = _read_cells(client, paths, deadline)
+                if len(found) == len(paths):
+                    if len(found) > 1:
+                        self._warn(key)
+                    return found[-1]
+                # replaced in between: look again
 
         return self._retry(attempt)
 
@@ -230,10 +242,14 @@ class Tree:
             transaction.delete(home)
             transaction.set_data(f"{self.root}/{folder}", b"")
 
-        try:
-            self._write(unmake)
-        except (NoNodeError, BadVersionError):
-            raise Changed from None
+        while True:
+            try:
+                self._write(unmake)
+                break
+            except (NoNodeError, BadVersionError):
+                raise Changed from None
+            except NotEmptyError:
+                self._bury(home, key)
         self._tidy(f"{self.root}/{folder}", home)
 
     def touch(self, cell: Cell, value: bytes) -> Stamp:
@@ -327,6 +343,38 @@ class Tree:
 
         with contextlib.suppress(NotEmptyError, NoNodeError, StoreUnavailable):
             self._retry(attempt)
+
+    def _bury(self, home: str, key: str) -> None:
+        """Remove what the server that leads still holds of a cell's former children.
+
+        Raises:
+            StoreUnavailable: the server that we ask does not show them.
+        """
+
+        def attempt(client: KazooClient, deadline: float) -> bool:
+            paths = [f"{home}/{name}" for name in _result(client.get_children_async(home), deadline)]
+            former = _read_cells(client, paths, deadline)[:-1]
+            for cell in former:
+                with contextlib.suppress(NoNodeError, BadVersionError):
+                    _result(client.delete_async(cell.path, cell.version), deadline)
+            return bool(former)
+
+        with contextlib.suppress(NoNodeError):  # removed in between
+            if not self._retry(attempt):
+                raise StoreUnavailable(
+                    f"ZooKeeper at {self.hosts}: its servers differ about {home} ({key}); restart the one that leads, "
+                    "without its data, so that it copies another's"
+                )
+
+    def _warn(self, key: str) -> None:
+        if not self._warned:
+            self._warned = True
+            _LOG.warning(
+                "ZooKeeper at %s: one of its servers shows former values of %s beside the present one, which is taken: "
+                "it has lost a transaction as it joined the others (ZOOKEEPER-4785 and the like); upgrade the servers",
+                self.hosts,
+                key,
+            )
 
     def _ensure(self, path: str) -> None:
         self._retry(lambda client, deadline: _result(client.ensure_path_async(path), deadline))
@@ -433,6 +481,12 @@ def _cell(path: str, found: tuple[bytes, Any]) -> Cell:
     return Cell(path, value, int(stat.version), int(stat.czxid), stat.mtime / 1e3)
 
 
+def _read_cells(client: KazooClient, paths: Iterable[str], deadline: float) -> list[Cell]:
+    """Those that are there of a cell's children, the one that was written last at the end."""
+    pending = [(path, client.get_async(path)) for path in paths]
+    return sorted((_cell(path, found) for path, found in _present(pending, deadline)), key=lambda cell: cell.created)
+
+
 def _cells(client: KazooClient, base: str, prefix: str, deadline: float) -> dict[str, Cell]:
     """The cells below a prefix, level by level, each level's requests in flight together."""
     homes: list[str] = []
@@ -448,7 +502,8 @@ def _cells(client: KazooClient, base: str, prefix: str, deadline: float) -> dict
     children = [(f"{home}/{name}", home) for home, names in _present(inner, deadline) for name in names]
     values = [((path, home), client.get_async(path)) for path, home in children]
     start, end = len(base) + 1, len(_CELL) + 1
-    return {home[start:-end]: _cell(path, found) for (path, home), found in _present(values, deadline)}
+    cells = [(home[start:-end], _cell(path, found)) for (path, home), found in _present(values, deadline)]
+    return dict(sorted(cells, key=lambda item: item[1].created))  # of several of one key, the one written last
 
 
 _K = TypeVar("_K")
