@@ -24,8 +24,6 @@ from benchmarks.saved import save
 
 FUXICTR = "2.3.10"
 PRECISIONS = ("fp32", "bf16")
-FUXICTR_SIDES: dict[str, list[str]] = {"fuxictr": [], "fuxictr_ftz": ["flush"]}
-"""As it comes, and with denormals as 0 in the thread that trains; what each adds to its program's arguments."""
 # Without aiohttp two threads of its Ray that look at several files trip over one another in fsspec's import of it.
 INSTALL = (
     "FuxiCTR is not measured: give --fuxictr-python PYTHON, one with "
@@ -68,14 +66,14 @@ class Bench:
 
     def measure(self, side: str, models: list[str], seeds: list[int], precisions: Sequence[str] = PRECISIONS) -> None:
         """Run a side's programs that were not run yet."""
-        if side in FUXICTR_SIDES:
+        if side == "fuxictr":
             assert self.python is not None
             command = [self.python, "-m", "benchmarks.others.fuxictr_side"]
             self._prepare("fuxictr", "fuxictr", [*command, "prepare", describe(self.case, models[0])])
             for model in models:
                 for seed in seeds:
                     arguments = ["train", describe(self.case, model), str(seed), str(self.case.rates(model).fuxictr)]
-                    self._run(f"{side}/train/{model}/{seed}", [*command, *arguments, *FUXICTR_SIDES[side]])
+                    self._run(f"fuxictr/train/{model}/{seed}", [*command, *arguments])
             return
         command = [sys.executable, "-m", "benchmarks.others.ours"]
         place = [self.case.name, str(self.work)]
@@ -111,8 +109,7 @@ class Bench:
         rows = []
         for model in MODELS:
             for precision in PRECISIONS:
-                for side in FUXICTR_SIDES:
-                    rows += fuxictr_rows(self.case.name, model, precision, self.measured, side)
+                rows += fuxictr_rows(self.case.name, model, precision, self.measured)
                 rows += plain_rows(self.case.name, model, precision, self.measured)
         return rows
 
@@ -142,13 +139,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", required=True, type=Path, help="folder for data, stores and what was measured")
     parser.add_argument("--data", nargs="+", choices=DATA, default=["criteo-1m"])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument(
-        "--against",
-        nargs="+",
-        choices=(*FUXICTR_SIDES, "torchrec"),
-        default=["fuxictr", "torchrec"],
-        help="fuxictr_ftz: FuxiCTR with denormals as 0, which it leaves to its user",
-    )
+    parser.add_argument("--against", nargs="+", choices=("fuxictr", "torchrec"), default=["fuxictr", "torchrec"])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--fuxictr-python", metavar="PYTHON", help="a Python that has FuxiCTR")
@@ -160,16 +151,15 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     arguments = parse()
     load = os.getloadavg()[0]
-    sides = [side for side in FUXICTR_SIDES if side in arguments.against]
-    absent = missing_fuxictr(arguments.fuxictr_python) if sides else None
+    absent = missing_fuxictr(arguments.fuxictr_python) if "fuxictr" in arguments.against else None
     benches, rows = [], []
     for data in arguments.data:
         case = open_case(data, arguments.work.absolute(), arguments.kuairand)
         bench = Bench(case, arguments.work.absolute(), arguments.fuxictr_python)
-        if sides:
+        if "fuxictr" in arguments.against:
             bench.measure("ours", arguments.models, arguments.seeds, arguments.precisions)
-        for side in sides if absent is None else []:
-            bench.measure(side, arguments.models, arguments.seeds)
+            if absent is None:
+                bench.measure("fuxictr", arguments.models, arguments.seeds)
         if "torchrec" in arguments.against:
             bench.measure("plain", arguments.models, arguments.seeds[:1], arguments.precisions)
         benches.append(bench)

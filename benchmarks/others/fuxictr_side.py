@@ -1,12 +1,9 @@
-"""One run of FuxiCTR: ``PYTHON -m benchmarks.others.fuxictr_side prepare|train CASE [SEED LR [flush]]``, CASE as JSON.
+"""One run of FuxiCTR: ``PYTHON -m benchmarks.others.fuxictr_side prepare|train CASE [SEED LR]``, CASE as JSON.
 
 PYTHON has FuxiCTR, and need not have rayfm. Encoding, data loader, layers, training loop, optimiser, clipping and
 metrics are FuxiCTR's own. Two things are not. Its two models lie in the model zoo of its repository, not in its
 package, and give each dense feature an embedding; ours are put together of the same layers, with rayfm's inputs, so
 that both sides compute the same. And nothing is evaluated or loaded between the last step and the held-out rows.
-
-With ``flush`` denormals are 0 while it trains. Its Adam updates whole tables, and the first moment of an id that does
-not come again is a denormal after some 800 steps.
 """
 
 from __future__ import annotations
@@ -144,9 +141,8 @@ def prepare(case: dict[str, Any]) -> None:
     say("result", "{}")
 
 
-def train(case: dict[str, Any], seed: int, learning_rate: float, flush: bool) -> None:
+def train(case: dict[str, Any], seed: int, learning_rate: float) -> None:
     """One epoch over the training part in its order, then the held-out part."""
-    torch.set_flush_denormal(flush)
     seed_everything(seed)
     encoded = Path(case["data"]) / "fuxictr"
     feature_map = FeatureMap("fuxictr", str(encoded))
@@ -186,7 +182,7 @@ def main() -> None:
     if sys.argv[1] == "prepare":
         prepare(case)
     else:
-        train(case, int(sys.argv[3]), float(sys.argv[4]), sys.argv[5:] == ["flush"])
+        train(case, int(sys.argv[3]), float(sys.argv[4]))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ HEADER = "{:<12}{:<7}{:<5}{:<9}{:<8}{:>8}{:>8}{:>7}{:>8}{:>8}".format(
     *("data", "model", "", "against", "part", "rayfm", "other", "ratio", "AUC", "other")
 )
 FUXICTR_BAR, PLAIN_BAR = 3.0, 0.95
-FUXICTR_NAMES = {"fuxictr": "FuxiCTR", "fuxictr_ftz": "Fuxi FTZ"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +38,7 @@ class Row:
 
 Measured = dict[str, Any]
 """``ours/prepare``, ``ours/train/<model>/<precision>/<seed>``, ``fuxictr/prepare``, ``fuxictr/train/<model>/<seed>``,
-``fuxictr_ftz/train/<model>/<seed>``, ``plain/<model>/<precision>/<seed>`` -> what was said: ``phases`` (name -> Phase
-as a mapping) and ``result``."""
+``plain/<model>/<precision>/<seed>`` -> what was said: ``phases`` (name -> Phase as a mapping) and ``result``."""
 
 
 def rate(phases: list[dict[str, float]]) -> float:
@@ -48,9 +46,9 @@ def rate(phases: list[dict[str, float]]) -> float:
     return 1.0 / sum(phase["cpu"] / phase["units"] for phase in phases)
 
 
-def fuxictr_rows(data: str, model: str, precision: str, measured: Measured, side: str = "fuxictr") -> list[Row]:
+def fuxictr_rows(data: str, model: str, precision: str, measured: Measured) -> list[Row]:
     """Preparing, training, and both together; medians over the seeds that both sides have."""
-    start, others = f"ours/train/{model}/{precision}/", f"{side}/train/{model}/"
+    start, others = f"ours/train/{model}/{precision}/", f"fuxictr/train/{model}/"
     seeds = [key.removeprefix(start) for key in measured if key.startswith(start)]
     seeds = [seed for seed in seeds if others + seed in measured]
     if not seeds:
@@ -61,7 +59,7 @@ def fuxictr_rows(data: str, model: str, precision: str, measured: Measured, side
     auc = [statistics.mean(run["result"]["auc"] for run in side) for side in runs]
 
     def row(part: str, ours: float, theirs: float, *scores: float) -> Row:
-        return Row(data, model, precision, FUXICTR_NAMES[side], part, ours, theirs, ours / theirs, *scores)
+        return Row(data, model, precision, "FuxiCTR", part, ours, theirs, ours / theirs, *scores)
 
     alone = [statistics.median(rate([phase]) for phase in side) for side in trained]
     whole = [

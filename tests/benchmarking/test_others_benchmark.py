@@ -194,11 +194,6 @@ def test_rows_compare_the_seeds_that_both_have():
     assert (train.ours, train.theirs, train.ratio, train.auc, train.other_auc) == pytest.approx((30, 10, 3, 0.7, 0.6))
     assert (both.ours, both.theirs) == pytest.approx((1 / (1 / 20 + 1 / 30), 5))
     assert table.fuxictr_rows("criteo-1m", "deepfm", "fp32", measured) == []
-    assert table.fuxictr_rows("criteo-1m", "dcnv2", "fp32", measured, "fuxictr_ftz") == []
-    flushed = measured | {"fuxictr_ftz/train/dcnv2/1": run(90, 4.5, auc=0.6)}
-    assert table.fuxictr_rows("criteo-1m", "dcnv2", "fp32", flushed) == [prepare, train, both]
-    faster = table.fuxictr_rows("criteo-1m", "dcnv2", "fp32", flushed, "fuxictr_ftz")[1]
-    assert (faster.against, faster.ours, faster.theirs) == ("Fuxi FTZ", train.ours, 2 * train.theirs)
     assert table.fuxictr_rows("criteo-1m", "dcnv2", "bf16", measured) == []
 
 
