@@ -2,8 +2,8 @@
 
 The device is this processor's one core, whose figures are measured first by pieces that have nothing of the models:
 look-ups of random rows, the matrix products of one layer, one small operator. The step is the bare one of
-`benchmarks.training`, in float32 on batches in memory. The ratio is the larger of both times over the smaller: 1 is
-exact.
+`benchmarks.training`, in float32 on batches in memory, by the kernels that a trainer takes. The ratio is the larger of
+both times over the smaller: 1 is exact.
 
 ``python -m benchmarks.plan --write cpu.yaml`` writes the figures for ``rayfm plan --hardware cpu.yaml --gpu cpu``.
 """
@@ -31,6 +31,7 @@ from rayfm.planning.hardware import Hardware
 from rayfm.planning.search import Cluster
 from rayfm.planning.work import Learner
 from rayfm.training.config import TrainingConfig
+from rayfm.training.cpu_kernels import denormals_as_zero, train_fast_here
 from rayfm.training.trainer import single_process_group
 
 REPEATS = 5
@@ -112,7 +113,8 @@ def compare(store: ExampleStore, name: str) -> Outcome:
     learners = [Learner(name, model_config(name), ("click",))]
     predicted = estimate(learners, schema(), training, Cluster(1, 1, calibrate()), BATCH, "fp32").step.total
     held = batches_in_memory(store, HELD)
-    with single_process_group():
+    train_fast_here()
+    with single_process_group(), denormals_as_zero():
         step = bare_step(name, training)
 
         def steps() -> float:
