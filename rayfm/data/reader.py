@@ -48,6 +48,10 @@ ItemT = TypeVar("ItemT")
 CHUNK_ROWS = 32_768
 """Rows (of impressions, over all ranks) that are read and encoded together."""
 
+DECODED_CHUNKS = 4
+"""Chunks that are decoded ahead of the one that is encoded. They share row groups, all decoded for the first of them;
+with fewer, the decoding thread would wait with the next row groups until most of these chunks are encoded."""
+
 SPAN_BYTES = 48 << 20
 """Most bytes of Parquet files that a task of `RayDataReader` reads: its block, and those in flight, are in memory."""
 
@@ -86,7 +90,7 @@ def cut(encoder: Encoder, chunk: EncodedChunk, step: npt.NDArray[np.int64], firs
 
 
 class ArrowReader:
-    """Reads lane files with pyarrow in this process: a thread encodes the next chunk, another decodes the one after it.
+    """Reads lane files with pyarrow in this process: a thread encodes the next chunk, another decodes those after it.
 
     Args:
         plan: what to read.
@@ -112,7 +116,7 @@ class ArrowReader:
         starts = range(start, total, size)
         read: Iterator[tuple[StepRows, int, int]] = map(rows, starts)
         if len(starts) > 1:  # a thread decodes Parquet, the next encodes
-            read = ahead(read)
+            read = ahead(read, DECODED_CHUNKS)
         chunks = ((self.encoder.encode_steps(found), found.step, first, last) for found, first, last in read)
         for chunk, step, first, last in ahead(chunks) if len(starts) > 1 else chunks:
             yield from cut(self.encoder, chunk, step, first, last)
@@ -264,9 +268,9 @@ def quiet_ray_data(ordered: bool = False, nodes: NodeLabels | None = None) -> It
         yield
 
 
-def ahead(items: Iterator[ItemT]) -> Iterator[ItemT]:
-    """``items``, made in a thread, one ahead. An error there is raised here; leaving early ends the thread."""
-    results: queue.Queue[tuple[ItemT | None, BaseException | None]] = queue.Queue(maxsize=1)
+def ahead(items: Iterator[ItemT], count: int = 1) -> Iterator[ItemT]:
+    """``items``, made in a thread, ``count`` ahead. An error there is raised here; leaving early ends the thread."""
+    results: queue.Queue[tuple[ItemT | None, BaseException | None]] = queue.Queue(maxsize=count)
     stopped = threading.Event()
 
     def put(item: tuple[ItemT | None, BaseException | None]) -> bool:
