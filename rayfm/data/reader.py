@@ -269,7 +269,8 @@ def quiet_ray_data(ordered: bool = False, nodes: NodeLabels | None = None) -> It
 
 
 def ahead(items: Iterator[ItemT], count: int = 1) -> Iterator[ItemT]:
-    """``items``, made in a thread, ``count`` ahead. An error there is raised here; leaving early ends the thread."""
+    """``items``, made in a thread that keeps up to ``count`` for the taker. An error there is raised here; leaving
+    early ends the thread."""
     results: queue.Queue[tuple[ItemT | None, BaseException | None]] = queue.Queue(maxsize=count)
     stopped = threading.Event()
 

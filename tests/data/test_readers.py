@@ -17,7 +17,7 @@ from rayfm.config import ConfigError, DataError
 from rayfm.data import reader as reader_module
 from rayfm.data.batch import Batch
 from rayfm.data.encode import Encoder
-from rayfm.data.reader import ArrowReader, RayDataReader
+from rayfm.data.reader import ArrowReader, RayDataReader, ahead
 from rayfm.data.span import ReadSpan
 from rayfm.data.steps import ReadPlan
 from rayfm.data.store import ExampleStore
@@ -251,6 +251,26 @@ def test_leaving_a_reader_ends_its_threads(store: ExampleStore) -> None:
     assert threading.active_count() > before
     batches.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_items_are_made_so_many_ahead_and_no_more(count: int) -> None:
+    made = list[int]()
+    waiting = threading.Event()
+
+    def items() -> Iterator[int]:
+        for item in range(20):
+            made.append(item)
+            if len(made) == 1 + count + 1:  # one taken, ``count`` kept, and one in hand
+                waiting.set()
+            yield item
+
+    taken = ahead(items(), count)
+    assert next(taken) == 0
+    assert waiting.wait(30)
+    threading.Event().wait(0.3)  # the thread tries again every tenth of a second
+    assert len(made) == count + 2
+    assert list(taken) == list(range(1, 20))
 
 
 @pytest.mark.ray

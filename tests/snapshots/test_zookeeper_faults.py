@@ -16,6 +16,7 @@ from kazoo.exceptions import ConnectionLoss
 
 from rayfm.config import SnapshotError
 from rayfm.snapshots.metadata import Conflict, LeaseHeld, LeaseLost, MetadataStore, StoreUnavailable, open_metadata
+from rayfm.snapshots.metadata.cells import read_cells
 from rayfm.snapshots.metadata.tree import Tree
 from rayfm.snapshots.metadata.zookeeper import MAX_VALUE_BYTES, ZooKeeperMetadataStore
 
@@ -319,6 +320,16 @@ def test_a_key_with_a_former_value_can_be_removed(scarred):
     scarred.compare_and_set("k", b"again", None)
     assert len(scarred._tree._client.get_children(f"{scarred.root}/entries/k/=")) == 1
     assert scarred.get("k").value == b"again"
+
+
+def test_a_leader_whose_former_values_nobody_shows_is_said_plainly(scarred, monkeypatch):
+    cell = scarred._tree.read("entries", "k")
+    # As of a server that has them not.
+    monkeypatch.setattr("rayfm.snapshots.metadata.tree.read_cells", lambda *asked: read_cells(*asked)[-1:])
+    with pytest.raises(StoreUnavailable, match=r"servers differ about .*/entries/k/= .*restart the one that leads"):
+        scarred._tree.remove("entries", "k", cell)
+    monkeypatch.undo()
+    assert scarred.get("k").value == b"2"
 
 
 def test_values_that_zookeeper_cannot_hold_are_refused(store):

@@ -24,14 +24,13 @@ the cell; the server that leads decides about writes, whatever another one shows
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from kazoo.client import KazooClient
@@ -56,6 +55,7 @@ from kazoo.retry import KazooRetry
 
 from rayfm.snapshots.metadata.access import AUTH, client_options
 from rayfm.snapshots.metadata.base import StoreUnavailable
+from rayfm.snapshots.metadata.cells import CELL, Cell, Stamp, cells_below, read_cells, result, stamp_of
 
 SESSION_S = 10.0
 WAIT_S = 30.0
@@ -68,7 +68,6 @@ CLIENTS_BEFORE_PRUNING = 64
 
 _LOG = logging.getLogger(__name__)
 
-_CELL = "="  # no key has such a part
 _LOST = (
     ConnectionClosedError,
     ConnectionLoss,
@@ -85,33 +84,6 @@ _Operation = Callable[[Any], None]
 
 class Changed(Exception):
     """The cell is no longer what was read; nothing was written."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stamp:
-    """When the servers carried out a write."""
-
-    zxid: int
-    """Of the transaction: grows with every write to the ensemble."""
-
-    seconds: float
-    """Since 1970 on the server's clock."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """What a key's cell held when it was read."""
-
-    path: str
-    value: bytes
-    version: int
-    """How often `Tree.touch` changed it."""
-
-    created: int
-    """Transaction that put this value there."""
-
-    seconds: float
-    """When it was made or last touched, on the server's clock."""
 
 
 class Tree:
@@ -166,12 +138,12 @@ class Tree:
             while True:
                 synced = client.sync_async(self.root)  # the server that we ask may lag behind its leader
                 names = client.get_children_async(home)
-                _result(synced, deadline)
+                result(synced, deadline)
                 try:
-                    paths = [f"{home}/{name}" for name in _result(names, deadline)]
+                    paths = [f"{home}/{name}" for name in result(names, deadline)]
                 except NoNodeError:
                     return None
-                found = _read_cells(client, paths, deadline)
+                found = read_cells(client, paths, deadline)
                 if len(found) == len(paths):
                     if len(found) > 1:
                         self._warn(key)
@@ -186,12 +158,12 @@ class Tree:
 
         def attempt(client: KazooClient, deadline: float) -> dict[str, Cell]:
             while True:
-                _result(client.sync_async(self.root), deadline)
+                result(client.sync_async(self.root), deadline)
                 try:
-                    before = _result(client.get_async(base), deadline)[1].mzxid
-                    cells = _cells(client, base, prefix, deadline)
+                    before = result(client.get_async(base), deadline)[1].mzxid
+                    cells = cells_below(client, base, prefix, deadline)
                     # Each write that adds, replaces or removes a cell touches the folder's own znode.
-                    if _result(client.get_async(base), deadline)[1].mzxid == before:
+                    if result(client.get_async(base), deadline)[1].mzxid == before:
                         return cells
                 except NoNodeError:  # somebody has removed the whole tree
                     return {}
@@ -227,7 +199,7 @@ class Tree:
             except NoNodeError:
                 if old is not None:
                     raise Changed from None
-                self._ensure(home.removesuffix(f"/{_CELL}"))
+                self._ensure(home.removesuffix(f"/{CELL}"))
 
     def remove(self, folder: str, key: str, old: Cell) -> None:
         """Remove the key.
@@ -288,12 +260,12 @@ class Tree:
                 transaction.set_data(self._own[0], nonce, self._version)
                 add(transaction)
                 uncertain = True
-                results = _result(transaction.commit_async(), deadline)
+                results = result(transaction.commit_async(), deadline)
                 uncertain = False
-                refused = [result for result in results if isinstance(result, KazooException)]
+                refused = [outcome for outcome in results if isinstance(outcome, KazooException)]
                 if not refused:
                     self._version = results[0].version
-                    return _stamp(results[0]), results[1:]
+                    return stamp_of(results[0]), results[1:]
                 if isinstance(results[0], (BadVersionError, NoNodeError)):
                     self._version = None  # a straggler of ours, or our znode was pruned
                     continue
@@ -316,22 +288,22 @@ class Tree:
         while True:
             if not self._own:
                 self._own.append(f"{self.root}/clients/{uuid.uuid4().hex}")
-                _result(client.create_async(self._own[0], fence, makepath=True), deadline)
+                result(client.create_async(self._own[0], fence, makepath=True), deadline)
             try:
-                _result(client.sync_async(self.root), deadline)
-                value, stat = _result(client.get_async(self._own[0]), deadline)
+                result(client.sync_async(self.root), deadline)
+                value, stat = result(client.get_async(self._own[0]), deadline)
             except NoNodeError:
                 # Gone, so no transaction that names it can succeed; the next has another name for the same reason.
                 self._own.clear()
                 continue
             if value == nonce:
                 self._version = stat.version
-                return _stamp(stat)
+                return stamp_of(stat)
             if value == fence:
                 self._version = stat.version
                 return None
             with contextlib.suppress(BadVersionError, NoNodeError):
-                _result(client.set_async(self._own[0], fence, stat.version), deadline)
+                result(client.set_async(self._own[0], fence, stat.version), deadline)
 
     def _tidy(self, base: str, path: str) -> None:
         """Remove the empty znodes above a removed cell. What is left behind is harmless."""
@@ -339,7 +311,7 @@ class Tree:
         def attempt(client: KazooClient, deadline: float) -> None:
             above = path
             while (above := above.rpartition("/")[0]) != base:
-                _result(client.delete_async(above), deadline)
+                result(client.delete_async(above), deadline)
 
         with contextlib.suppress(NotEmptyError, NoNodeError, StoreUnavailable):
             self._retry(attempt)
@@ -348,16 +320,17 @@ class Tree:
         """Remove what the server that leads still holds of a cell's former children.
 
         Raises:
-            StoreUnavailable: the server that we ask does not show them.
+            StoreUnavailable: the server that we ask does not show them, so that nothing could be removed.
         """
 
         def attempt(client: KazooClient, deadline: float) -> bool:
-            paths = [f"{home}/{name}" for name in _result(client.get_children_async(home), deadline)]
-            former = _read_cells(client, paths, deadline)[:-1]
-            for cell in former:
+            paths = [f"{home}/{name}" for name in result(client.get_children_async(home), deadline)]
+            removed = False
+            for cell in read_cells(client, paths, deadline)[:-1]:
                 with contextlib.suppress(NoNodeError, BadVersionError):
-                    _result(client.delete_async(cell.path, cell.version), deadline)
-            return bool(former)
+                    result(client.delete_async(cell.path, cell.version), deadline)
+                    removed = True
+            return removed
 
         with contextlib.suppress(NoNodeError):  # removed in between
             if not self._retry(attempt):
@@ -377,7 +350,7 @@ class Tree:
             )
 
     def _ensure(self, path: str) -> None:
-        self._retry(lambda client, deadline: _result(client.ensure_path_async(path), deadline))
+        self._retry(lambda client, deadline: result(client.ensure_path_async(path), deadline))
 
     # -- the connection -------------------------------------------------------------------------------------------
 
@@ -441,19 +414,19 @@ class Tree:
     def _prepare(self, client: KazooClient, deadline: float) -> None:
         """Make what the tree needs; remove what writers that died long ago have left."""
         for folder in (*self.folders, "clients"):
-            _result(client.ensure_path_async(f"{self.root}/{folder}"), deadline)
-        names = _result(client.get_children_async(f"{self.root}/clients"), deadline)
+            result(client.ensure_path_async(f"{self.root}/{folder}"), deadline)
+        names = result(client.get_children_async(f"{self.root}/clients"), deadline)
         if len(names) <= CLIENTS_BEFORE_PRUNING:
             return
-        now = _result(client.set_async(f"{self.root}/clients", b""), deadline).mtime
+        now = result(client.set_async(f"{self.root}/clients", b""), deadline).mtime
         for path in (f"{self.root}/clients/{name}" for name in names):
             with contextlib.suppress(NoNodeError, BadVersionError):
-                stat = _result(client.get_async(path), deadline)[1]
+                stat = result(client.get_async(path), deadline)[1]
                 if now - stat.mtime > CLIENT_KEPT_S * 1e3:
-                    _result(client.delete_async(path, stat.version), deadline)
+                    result(client.delete_async(path, stat.version), deadline)
 
     def _home(self, folder: str, key: str) -> str:
-        return f"{self.root}/{folder}/{key}/{_CELL}"
+        return f"{self.root}/{folder}/{key}/{CELL}"
 
 
 def _stop(client: KazooClient, own: list[str], pid: int) -> None:
@@ -466,51 +439,3 @@ def _stop(client: KazooClient, own: list[str], pid: int) -> None:
     with contextlib.suppress(Exception):
         client.stop()
         client.close()
-
-
-def _result(pending: Any, deadline: float) -> Any:
-    return pending.get(timeout=max(0.001, deadline - time.monotonic()))
-
-
-def _stamp(stat: Any) -> Stamp:
-    return Stamp(int(stat.mzxid), stat.mtime / 1e3)
-
-
-def _cell(path: str, found: tuple[bytes, Any]) -> Cell:
-    value, stat = found
-    return Cell(path, value, int(stat.version), int(stat.czxid), stat.mtime / 1e3)
-
-
-def _read_cells(client: KazooClient, paths: Iterable[str], deadline: float) -> list[Cell]:
-    """Those that are there of a cell's children, the one that was written last at the end."""
-    pending = [(path, client.get_async(path)) for path in paths]
-    return sorted((_cell(path, found) for path, found in _present(pending, deadline)), key=lambda cell: cell.created)
-
-
-def _cells(client: KazooClient, base: str, prefix: str, deadline: float) -> dict[str, Cell]:
-    """The cells below a prefix, level by level, each level's requests in flight together."""
-    homes: list[str] = []
-    level = [f"{base}/{prefix}".rstrip("/")]
-    while level:
-        below = [(path, client.get_children_async(path)) for path in level]
-        level = []
-        for path, names in _present(below, deadline):
-            level += [f"{path}/{name}" for name in names if name != _CELL]
-            if _CELL in names and path != f"{base}/{prefix}".rstrip("/"):
-                homes.append(f"{path}/{_CELL}")
-    inner = [(home, client.get_children_async(home)) for home in homes]
-    children = [(f"{home}/{name}", home) for home, names in _present(inner, deadline) for name in names]
-    values = [((path, home), client.get_async(path)) for path, home in children]
-    start, end = len(base) + 1, len(_CELL) + 1
-    cells = [(home[start:-end], _cell(path, found)) for (path, home), found in _present(values, deadline)]
-    return dict(sorted(cells, key=lambda item: item[1].created))  # of several of one key, the one written last
-
-
-_K = TypeVar("_K")
-
-
-def _present(pending: Iterable[tuple[_K, Any]], deadline: float) -> Iterator[tuple[_K, Any]]:
-    """Results of those requests whose znode is there."""
-    for key, result in pending:
-        with contextlib.suppress(NoNodeError):
-            yield key, _result(result, deadline)

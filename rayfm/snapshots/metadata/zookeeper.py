@@ -27,7 +27,8 @@ from rayfm.snapshots.metadata.base import (
     check_prefix,
     check_ttl,
 )
-from rayfm.snapshots.metadata.tree import WAIT_S, Cell, Changed, Tree
+from rayfm.snapshots.metadata.cells import Cell
+from rayfm.snapshots.metadata.tree import WAIT_S, Changed, Tree
 
 DEFAULT_ROOT = "/rayfm"
 MAX_VALUE_BYTES = 900_000
