@@ -354,8 +354,10 @@ def write_period(
                 bad += stage_rejects(again, [period], frozenset([period.name]), staging)
             kinds = window[KIND_COLUMN]
             for kind in KINDS:
-                rows = window.filter(pc.equal(kinds, kind)).drop_columns(KIND_COLUMN)
-                if rows.num_rows:
+                chosen = pc.equal(kinds, kind)
+                count = pc.sum(chosen, min_count=0).as_py()
+                if count:
+                    rows = (window if count == window.num_rows else window.filter(chosen)).drop_columns(KIND_COLUMN)
                     if kind not in writers:
                         writers[kind] = LaneWriter(scratch, period.name, kind, lanes, schema, lane_columns)
                     writers[kind].write(rows)

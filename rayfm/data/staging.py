@@ -63,7 +63,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 def _write(path: Path, table: pa.Table, batch_rows: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path):
-        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        # Batches are small: handing their buffers to Arrow's threads costs more than what they do.
+        options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema, options=options) as writer:
             writer.write_table(table, max_chunksize=batch_rows)
 
@@ -87,8 +88,8 @@ def stage_rows(
     good, rejects = split_rejects(table, schema, periods)
     fragments = []
     if good.num_rows:
-        times = good[TIME].to_numpy()
-        good = good.take(pa.array(np.lexsort((good[EXAMPLE_ID].to_numpy(), times)))).combine_chunks()
+        order = time_order(good)
+        good = (good if order is None else good.take(pa.array(order))).combine_chunks()
         times = good[TIME].to_numpy()
         index = period_index(times, periods)
         cuts = np.flatnonzero(np.diff(index, prepend=-2))
@@ -102,6 +103,15 @@ def stage_rows(
     if rejects.num_rows:
         fragments += stage_rejects(rejects, periods, wanted, folder)
     return fragments
+
+
+def time_order(table: pa.Table) -> npt.NDArray[np.int64] | None:
+    """The rows of ``table`` by (time, example_id) ``[N]``; None where they stand in that order, as logs often do."""
+    times, ids = table[TIME].to_numpy(), table[EXAMPLE_ID].to_numpy()
+    later = times[1:] > times[:-1]
+    if np.all(later | ((times[1:] == times[:-1]) & (ids[1:] >= ids[:-1]))):
+        return None
+    return np.lexsort((ids, times))
 
 
 def stage_rejects(rejects: pa.Table, periods: Sequence[Period], wanted: frozenset[str], folder: Path) -> list[Fragment]:
@@ -135,7 +145,8 @@ class _Readers:
     def batch(self, fragment: int, number: int) -> pa.Table:
         reader = self._open.pop(fragment, None)
         if reader is None:
-            reader = pa.ipc.open_file(pa.OSFile(self._fragments[fragment].path))
+            options = pa.ipc.IpcReadOptions(use_threads=False)
+            reader = pa.ipc.open_file(pa.OSFile(self._fragments[fragment].path), options=options)
         if number < len(self._fragments[fragment].first_times) - 1:
             if len(self._open) >= _OPEN_FILES:
                 self._open.pop(next(iter(self._open)))  # the least recently used
@@ -169,13 +180,14 @@ def merge_sorted(
         if held < enough and not last:
             continue
         table = pa.concat_tables(pending)
-        times = table[TIME].to_numpy()
-        rows = np.lexsort((table[EXAMPLE_ID].to_numpy(), times))
-        final = len(rows) if last else int(np.searchsorted(times[rows], order[position + 1][0], "left"))
+        times, rows = table[TIME].to_numpy(), time_order(table)
+        in_order = times if rows is None else times[rows]
+        final = len(times) if last else int(np.searchsorted(in_order, order[position + 1][0], "left"))
         if final:
-            yield table.take(pa.array(rows[:final])).combine_chunks()
-        # A copy, so that the emitted batches are freed. Where much is left over, gather more before the next sort.
-        rest = table.take(pa.array(rows[final:]))
+            yield (table.slice(0, final) if rows is None else table.take(pa.array(rows[:final]))).combine_chunks()
+        # Without the emitted batches, so that they are freed: a table in order is a row of batches, another one is
+        # copied. Where much is left over, gather more before the next sort.
+        rest = table.slice(final) if rows is None else table.take(pa.array(rows[final:]))
         pending, held = [rest], rest.num_rows
         enough = max(window_rows, 2 * held)
 
@@ -210,7 +222,9 @@ def _read_ids(fragments: Iterable[Fragment]) -> Iterator[npt.NDArray[np.int64]]:
     for fragment in fragments:
         with pa.OSFile(fragment.path) as file:
             position = pa.ipc.open_file(file).schema.get_field_index(EXAMPLE_ID)
-            reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=[position]))
+            reader = pa.ipc.open_file(
+                file, options=pa.ipc.IpcReadOptions(use_threads=False, included_fields=[position])
+            )
             yield reader.read_all().column(0).to_numpy()
 
 

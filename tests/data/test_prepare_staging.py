@@ -19,7 +19,7 @@ from rayfm.data import lanes as lanes_module
 from rayfm.data import staging
 from rayfm.data.prepare import write_period
 from rayfm.data.sources.base import Period
-from rayfm.data.staging import duplicated_ids, merge_sorted, stage_rows
+from rayfm.data.staging import duplicated_ids, merge_sorted, stage_rows, time_order
 from rayfm.data.store import ExampleStore, PeriodManifest
 from rayfm.data.validate import DUPLICATE
 
@@ -110,6 +110,26 @@ def test_bytes_do_not_depend_on_blocks_or_windows(tmp_path, monkeypatch):
     assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [64, 64, 64, 58]
 
 
+def test_a_log_in_time_order_gives_the_same_bytes(tmp_path):
+    table = examples()
+    in_order = table.sort_by([("time", "ascending"), ("example_id", "ascending")])
+    assert time_order(in_order) is None
+    assert write(in_order, tmp_path / "a", blocks=4) == write(table, tmp_path / "b", blocks=4)
+
+
+def test_order_is_by_time_then_id():
+    def order(times: list[int], ids: list[int]) -> list[int] | None:
+        found = time_order(pa.table({"time": times, "example_id": ids}))
+        return None if found is None else found.tolist()
+
+    assert order([1, 2, 2, 3], [9, 4, 5, 1]) is None
+    assert order([1, 2, 2, 3], [9, 5, 4, 1]) == [0, 2, 1, 3]
+    assert order([2, 1], [1, 2]) == [1, 0]
+    assert order([7, 7], [3, 3]) is None
+    assert order([1], [1]) is None
+    assert order([], []) is None
+
+
 def test_marginals_are_means_over_known_values(tmp_path):
     table = examples()
     manifest = write(table, tmp_path)[0]
@@ -127,7 +147,8 @@ def test_marginals_are_means_over_known_values(tmp_path):
             assert mean == pytest.approx(rows[name].mean(), rel=1e-6), name
 
 
-def test_a_merge_holds_a_window_and_a_batch_of_each_fragment(tmp_path, monkeypatch):
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_merge_holds_a_window_and_a_batch_of_each_fragment(tmp_path, monkeypatch, in_order):
     rng = np.random.default_rng(1)
     sizes = []
     concat = pa.concat_tables
@@ -137,8 +158,8 @@ def test_a_merge_holds_a_window_and_a_batch_of_each_fragment(tmp_path, monkeypat
     peaks = {}
     for rows in (2_000, 40_000):
         table = every_feature_rows(rows, 1, start=DAY_US).append_column("kind", pa.repeat("impression", rows))
-        shuffled = table.take(pa.array(rng.permutation(rows)))
-        fragments = stage(shuffled, tmp_path / str(rows), blocks=5)
+        order = np.argsort(table["time"].to_numpy()) if in_order else rng.permutation(rows)
+        fragments = stage(table.take(pa.array(order)), tmp_path / str(rows), blocks=5)
         sizes.clear()
         merged = list(merge_sorted(fragments, pq_schema(fragments), window_rows=500))
         peaks[rows] = max(sizes)

@@ -285,10 +285,11 @@ def _examples(
                 conform(source, columns[name].slice(0, 0) if columns[name].num_chunks else columns[name], type_)
             except DataError as error:
                 raise DataError(f"{unit.path}: {error}") from None
-    return pa.table(columns).filter(_keep(columns[TIME], config, periods))
+    table, keep = pa.table(columns), _keep(columns[TIME], config, periods)
+    return table if keep.all() else table.filter(pa.array(keep))
 
 
-def _keep(times: pa.ChunkedArray, config: ParquetConfig, periods: list[Period]) -> pa.Array:
+def _keep(times: pa.ChunkedArray, config: ParquetConfig, periods: list[Period]) -> npt.NDArray[np.bool_]:
     """Rows to hand on: those that ``start`` and ``end`` choose, and those without a usable time, which are rejects."""
     values: npt.NDArray[np.int64] = times.fill_null(-1).to_numpy()
     usable = (values >= 0) & (values < LAST_TIME)
@@ -300,4 +301,5 @@ def _keep(times: pa.ChunkedArray, config: ParquetConfig, periods: list[Period]) 
     inside = np.zeros(len(values), np.bool_)
     for period in periods:
         inside |= (values >= period.start_us) & (values < period.end_us)
-    return pa.array((keep & inside) | ~usable)
+    chosen: npt.NDArray[np.bool_] = (keep & inside) | ~usable
+    return chosen
