@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -50,8 +51,6 @@ def _mixed(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 def string_ids(values: pa.Array) -> npt.NDArray[np.int64]:
     """64-bit ids of an Arrow string (or dictionary of strings) array without nulls: ``[n] -> [n]`` int64."""
-    import pandas as pd  # half a second, which each process of a run would pay, text or no text
-
     if not pa.types.is_dictionary(values.type):
         values = values.dictionary_encode()
     words = values.dictionary.to_numpy(zero_copy_only=False).astype(object)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Literal
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -48,8 +49,6 @@ def to_microseconds(path: str, column: pa.ChunkedArray, time: TimeColumn) -> pa.
     if time.unit == "iso":
         if not (pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_dictionary(found)):
             raise DataError(f"{path}: time column {time.column!r} is {found}, unit 'iso' wants string or a timestamp")
-        import pandas as pd  # as in schema/hashing.py
-
         parsed = pd.to_datetime(column.cast(pa.string()).to_pandas(), errors="coerce", utc=True, format="ISO8601")
         micro = pa.chunked_array([pa.array(parsed).cast(pa.timestamp("us", "UTC"), safe=False).cast(pa.int64())])
         malformed = pa.array(column.is_valid().to_numpy() & micro.is_null().to_numpy())

@@ -53,7 +53,7 @@ def stamp_of(stat: Any) -> Stamp:
     return Stamp(int(stat.mzxid), stat.mtime / 1e3)
 
 
-def cell_of(path: str, found: tuple[bytes, Any]) -> Cell:
+def _cell(path: str, found: tuple[bytes, Any]) -> Cell:
     """A cell from the value and stat of its child."""
     value, stat = found
     return Cell(path, value, int(stat.version), int(stat.czxid), stat.mtime / 1e3)
@@ -62,7 +62,7 @@ def cell_of(path: str, found: tuple[bytes, Any]) -> Cell:
 def read_cells(client: KazooClient, paths: Iterable[str], deadline: float) -> list[Cell]:
     """Those that are there of a cell's children, the one that was written last at the end."""
     pending = [(path, client.get_async(path)) for path in paths]
-    return sorted((cell_of(path, found) for path, found in present(pending, deadline)), key=lambda cell: cell.created)
+    return sorted((_cell(path, found) for path, found in _present(pending, deadline)), key=lambda cell: cell.created)
 
 
 def cells_below(client: KazooClient, base: str, prefix: str, deadline: float) -> dict[str, Cell]:
@@ -72,19 +72,19 @@ def cells_below(client: KazooClient, base: str, prefix: str, deadline: float) ->
     while level:
         below = [(path, client.get_children_async(path)) for path in level]
         level = []
-        for path, names in present(below, deadline):
+        for path, names in _present(below, deadline):
             level += [f"{path}/{name}" for name in names if name != CELL]
             if CELL in names and path != f"{base}/{prefix}".rstrip("/"):
                 homes.append(f"{path}/{CELL}")
     inner = [(home, client.get_children_async(home)) for home in homes]
-    children = [(f"{home}/{name}", home) for home, names in present(inner, deadline) for name in names]
+    children = [(f"{home}/{name}", home) for home, names in _present(inner, deadline) for name in names]
     values = [((path, home), client.get_async(path)) for path, home in children]
     start, end = len(base) + 1, len(CELL) + 1
-    cells = [(home[start:-end], cell_of(path, found)) for (path, home), found in present(values, deadline)]
+    cells = [(home[start:-end], _cell(path, found)) for (path, home), found in _present(values, deadline)]
     return dict(sorted(cells, key=lambda item: item[1].created))  # of several of one key, the one written last
 
 
-def present(pending: Iterable[tuple[_K, Any]], deadline: float) -> Iterator[tuple[_K, Any]]:
+def _present(pending: Iterable[tuple[_K, Any]], deadline: float) -> Iterator[tuple[_K, Any]]:
     """Results of those requests whose znode is there."""
     for key, awaited in pending:
         with contextlib.suppress(NoNodeError):
