@@ -292,6 +292,24 @@ def test_nothing_is_left_of_what_was_removed(store):
     assert client.get_children(f"{store.root}/entries") == client.get_children(f"{store.root}/leases") == []
 
 
+def test_a_folder_that_another_removes_while_a_key_is_made_in_it_is_made_again(store, monkeypatch):
+    other = open_metadata(f"zookeeper://{store.hosts}{store.root}")
+    create, removed = KazooClient.create_async, []
+
+    def create_async(client, path, *args, **options):
+        if path.endswith("/a/b") and not removed:
+            removed.append(path.rpartition("/")[0])
+            other._tree._client.delete(removed[0])  # as `remove` tidies it away: empty at this moment
+        return create(client, path, *args, **options)
+
+    other.get("a/b/c")
+    monkeypatch.setattr(KazooClient, "create_async", create_async)
+    store.compare_and_set("a/b/c", b"1", None)
+    assert removed == [f"{store.root}/entries/a"]
+    assert other.get("a/b/c").value == b"1"
+    other.close()
+
+
 @pytest.fixture
 def scarred(store) -> ZooKeeperMetadataStore:
     """A store whose server has missed that a value of ``k`` was replaced, as ZooKeeper 3.8.0's do at times."""
