@@ -36,9 +36,9 @@ $(STAMP): pyproject.toml
 	@$(PIP) $(TORCH_INDEX) torch==$(TORCH) 2>&1 | grep -v "^WARNING: Location" || true
 	@$(BIN)/python -c "import torch; assert torch.__version__.split('+')[0] == '$(TORCH)', torch.__version__"
 	@$(PIP) -e '.[dev]' $(FBGEMM) 2>&1 | grep -v "^WARNING: Location" || true
-	@$(PIP) --no-deps torchrec==$(TORCHREC)
+	@$(PIP) --no-deps torchrec==$(TORCHREC) 2>&1 | grep -v "^WARNING: Location" || true
 	@$(BIN)/python -m compileall -qq -j 0 $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") || true
-	@$(BIN)/python -c "import ray, torch, fbgemm_gpu, rayfm"
+	@$(BIN)/python -c "import ray, torch, fbgemm_gpu, rayfm, importlib.metadata as m; assert m.version('torchrec') == '$(TORCHREC)'"
 	@touch $(STAMP)
 
 demo: install

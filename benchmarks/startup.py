@@ -6,6 +6,8 @@
   whatever its length (processes, imports, Ray, worker groups, the report) and what each period costs, however small
   (look-ups, checkpoint, snapshot, labels).
 
+``--save`` keeps the figures under ``benchmarks/results/``.
+
 Wall seconds, and CPU-seconds of the whole machine, since Ray's processes are nobody's children: run it on a quiet one.
 """
 
@@ -27,6 +29,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from benchmarks.data import DAY, START, block, schema
+from benchmarks.saved import save
 
 IMPORTS = (
     "rayfm.cli.main",
@@ -67,19 +70,23 @@ def python(*arguments: str, **environment: str) -> None:
         raise SystemExit(f"{' '.join(arguments)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
 
 
-def show(what: str, figures: tuple[float, float]) -> None:
-    print(f"{what:<44}{figures[0]:>8.2f} s {figures[1]:>8.2f} CPU-s", flush=True)
+class Shown(dict[str, dict[str, float]]):
+    """What was timed -> its seconds, each printed as it comes."""
+
+    def show(self, what: str, figures: tuple[float, float]) -> None:
+        print(f"{what:<58}{figures[0]:>8.2f} s {figures[1]:>8.2f} CPU-s", flush=True)
+        self[what.strip()] = {"wall_s": round(figures[0], 3), "cpu_s": round(figures[1], 3)}
 
 
-def imports() -> None:
-    show("python, nothing imported", spent(lambda: python("-c", "pass")))
+def imports(found: Shown) -> None:
+    found.show("python, nothing imported", spent(lambda: python("-c", "pass")))
     for name in IMPORTS:
         python("-c", f"import {name}")  # the files are in the page cache from here on
-        show(f"import {name}", spent(lambda name=name: python("-c", f"import {name}")))
-    show("rayfm --help", spent(lambda: python("-c", COMMAND, "--help")))
+        found.show(f"import {name}", spent(lambda name=name: python("-c", f"import {name}")))
+    found.show("rayfm --help", spent(lambda: python("-c", COMMAND, "--help")))
 
 
-def ray_itself() -> None:
+def ray_itself(found: Shown) -> None:
     import ray
 
     def actor() -> None:
@@ -92,10 +99,10 @@ def ray_itself() -> None:
         ray.get(ray.remote(num_cpus=0)(Torch).remote().version.remote())
 
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    show("ray.init", spent(lambda: ray.init(address="local", **options)))
-    show("its first task", spent(lambda: ray.get(ray.remote(lambda: 1).remote())))
-    show("its first actor that imports torch", spent(actor))
-    show("ray.shutdown", spent(ray.shutdown))
+    found.show("ray.init", spent(lambda: ray.init(address="local", **options)))
+    found.show("its first task", spent(lambda: ray.get(ray.remote(lambda: 1).remote())))
+    found.show("its first actor that imports torch", spent(actor))
+    found.show("ray.shutdown", spent(ray.shutdown))
 
 
 def config(folder: Path, log: Path, teacher: bool) -> Path:
@@ -144,33 +151,38 @@ def write_log(folder: Path, periods: int) -> Path:
     return folder
 
 
-def runs(root: Path) -> None:
+def runs(root: Path, shown: Shown) -> None:
     for teacher in (False, True):
-        name = "a teacher, its labels, a student" if teacher else "a student alone"
+        name = f"rayfm run, {'a teacher, its labels, a student' if teacher else 'a student alone'}"
         found = {}
         for periods in PERIODS:
             folder = root / f"{'with' if teacher else 'without'}-{periods}"
             path = config(folder, write_log(folder / "log", periods), teacher)
             found[periods] = spent(lambda path=path: python("-c", COMMAND, "run", str(path)))
-            show(f"rayfm run, {name}, {periods} periods", found[periods])
+            shown.show(f"{name}, {periods} periods", found[periods])
         few, many = (found[periods] for periods in PERIODS)
         each = tuple((b - a) / (PERIODS[1] - PERIODS[0]) for a, b in zip(few, many, strict=True))
-        show("  each period", (each[0], each[1]))
-        show("  once", (few[0] - PERIODS[0] * each[0], few[1] - PERIODS[0] * each[1]))
+        shown.show(f"{name}: each period", (each[0], each[1]))
+        shown.show(f"{name}: once", (few[0] - PERIODS[0] * each[0], few[1] - PERIODS[0] * each[1]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.startup")
     parser.add_argument("--only", nargs="+", choices=("imports", "ray", "run"), default=("imports", "ray", "run"))
+    parser.add_argument("--save", action="store_true", help="keep the figures under benchmarks/results/")
     arguments = parser.parse_args()
-    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    if "imports" in arguments.only:
-        imports()
-    if "ray" in arguments.only:
-        ray_itself()
-    if "run" in arguments.only:
+    load = os.getloadavg()[0]
+    print(f"load average {load:.1f} on {os.cpu_count()} cores")
+    found = {part: Shown() for part in arguments.only}
+    if "imports" in found:
+        imports(found["imports"])
+    if "ray" in found:
+        ray_itself(found["ray"])
+    if "run" in found:
         with tempfile.TemporaryDirectory(prefix="rayfm-startup-") as folder:
-            runs(Path(folder))
+            runs(Path(folder), found["run"])
+    if arguments.save:
+        save("startup", {"rows_a_period": ROWS, "parts": found}, load)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ LONG = (
     "serving/test_teacher_autoscaling.py",
     "pipeline/test_follow_run.py",
     "training/test_train_pipeline.py",
-    "export/test_student.py",
+    "export/test_compiled_packages.py",
     "training/test_exactly_once.py",
     "training/test_trainer_errors.py",
     "serving/test_nearline_service.py",
