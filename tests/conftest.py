@@ -13,19 +13,18 @@ import buckets
 import pytest
 import servers
 
+from rayfm.quiet import collect_less
+
 TESTS = Path(__file__).resolve().parent
 os.environ.pop("RAY_ADDRESS", None)  # tests start a Ray of their own; somebody else's is not for them
 # Between one Ray and the next, a thread that still holds something of the first would start a third by itself.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray makes its workers nicer than all else: beside tests that compute in their own process they would starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# How often Ray Train looks whether its workers are done, or dead: every 2 s otherwise.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
 # Sums of several threads differ in their last bits, and some tests compare bits; Ray gives its workers one too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+collect_less()
 warnings.filterwarnings("ignore")
 for name in ("torchrec", "torch.fx._symbolic_trace", "c10d-NullHandler-dcp_logger", "c10d-NullHandler"):
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -38,6 +37,16 @@ RAY: dict[str, Any] = {
     "log_to_driver": False,
     "logging_level": "ERROR",
 }
+
+WORKERS = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # How often Ray Train looks whether its workers are done, or dead: every 2 s otherwise.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
+    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "rayfm.quiet.collect_less",
+    **buckets.KEYS,  # of a bucket, as from the environment of their node
+}
+"""Environment of Ray's processes alone."""
 
 
 LONG = (
@@ -80,7 +89,7 @@ def start_ray() -> None:
     if str(TESTS) not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), *paths]))
     with pytest.MonkeyPatch.context() as environment:
-        for name, value in buckets.KEYS.items():  # workers have the keys of a bucket from the environment of their node
+        for name, value in WORKERS.items():
             environment.setenv(name, value)
         ray.init(**RAY)
 

@@ -24,6 +24,7 @@ PRELOADED = [
     "rayfm.augment.join",
     "rayfm.serving.nearline.consumer",
     "rayfm.snapshots.metadata.zookeeper",
+    "preloaded",
 ]
 
 

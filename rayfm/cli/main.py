@@ -17,6 +17,7 @@ from rayfm.cli.augment import augment
 from rayfm.cli.plan import plan
 from rayfm.cli.runs import RunFolder
 from rayfm.cli.submit import submit
+from rayfm.quiet import collect_less
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -329,6 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         SystemExit: always, with the exit code.
     """
+    collect_less()
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfm.config import ConfigError, nearest, read_yaml
-from rayfm.quiet import QUIET_ENVIRONMENT
+from rayfm.quiet import QUIET_ENVIRONMENT, WORKER_ENVIRONMENT
 from rayfm.submission.package import Package
 from rayfm.submission.server import Server, asking
 
@@ -115,7 +115,7 @@ def runtime_environment(file: Path | None = None, variables: Mapping[str, str] |
         raise ConfigError(f"{file}: 'env_vars': names and texts; put numbers in quotes")
     merged = {STOP_WAIT: str(STOP_WAIT_S), **given, **(variables or {})}
     for key in merged:
-        if key in QUIET_ENVIRONMENT:
+        if key in QUIET_ENVIRONMENT or key in WORKER_ENVIRONMENT:
             # Ray refuses a driver that sets what its job sets.
             raise ConfigError(f"--env {key}: rayfm sets it in every process; leave it out")
     return {**found, "env_vars": merged}
