@@ -64,4 +64,7 @@ def labels(address: str, run: str, folder: str, metadata: str, version: str, per
 
 
 if __name__ == "__main__":
+    from rayfm.quiet import collect_less
+
+    collect_less()
     {"updater": updater, "labels": labels}[sys.argv[1]](*sys.argv[2:])
