@@ -27,6 +27,7 @@ from rayfm.data.batch import IMPRESSION
 from rayfm.data.store import ExampleStore
 from rayfm.metrics import MetricState
 from rayfm.metrics.pool import metric_values
+from rayfm.quiet import collect_less
 from rayfm.training.config import TrainingConfig
 from rayfm.training.learner import LearnerConfig
 from rayfm.training.loop import PeriodParts, TrainingLoop
@@ -51,22 +52,22 @@ def training_config(case: Case, model: str, precision: str) -> TrainingConfig:
 
 def prepare(case: Case) -> None:
     """Write the example store."""
-    import ray
-
+    from rayfm.data.cluster import cluster_resources
     from rayfm.data.prepare import prepare as write_store
     from rayfm.data.sources.parquet import ParquetConfig, ParquetSource
+    from rayfm.pipeline.config import RayConfig
+    from rayfm.pipeline.session import ray_session
 
     source = ParquetSource(ParquetConfig(path=f"{case.folder}/t*/*.parquet"), case.schema)
-    ray.init(address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    say("start", "prepare")
-    cpus = int(ray.cluster_resources()["CPU"])  # type: ignore[attr-defined]
-    manifests = write_store(source, case.schema, ExampleStore(case.folder / "store"), tasks=cpus)
-    rows = [manifest.rows("impression") for manifest in manifests]
-    say("stop", "prepare", sum(rows))
-    if rows != [case.rows("train"), case.rows("test")]:
-        raise RuntimeError(f"{case.folder / 'store'} has {rows} rows")
-    say("result", "{}")
-    ray.shutdown()
+    with ray_session(RayConfig()):
+        say("start", "prepare")
+        cpus = int(cluster_resources()[0])
+        manifests = write_store(source, case.schema, ExampleStore(case.folder / "store"), tasks=cpus)
+        rows = [manifest.rows("impression") for manifest in manifests]
+        say("stop", "prepare", sum(rows))
+        if rows != [case.rows("train"), case.rows("test")]:
+            raise RuntimeError(f"{case.folder / 'store'} has {rows} rows")
+        say("result", "{}")
 
 
 @contextlib.contextmanager
@@ -152,6 +153,7 @@ def plain(case: Case, model: str, precision: str, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING)
+    collect_less()  # as the command line does
     torch.set_num_threads(1)
     case = open_case(sys.argv[2], Path(sys.argv[3]))
     if sys.argv[1] == "prepare":

@@ -44,8 +44,8 @@ def collect_less() -> None:
     """Keep the garbage collector from walking through what imports have made, again and again.
 
     torch, TorchRec and Ray leave 400,000 objects that stay until the process ends. By default the collector looks at
-    the newest at every 700 of them, at all of them now and then, and several times more while the process ends: a third
-    of what a process costs that imports the training loop and does nothing.
+    the newest at every 700 of them, at all of them now and then, and several times more while the process ends: three
+    tenths of what a process costs that imports the training loop and does nothing.
     """
     gc.set_threshold(10_000, 10, 10)
     atexit.unregister(_leave)
