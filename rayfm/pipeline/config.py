@@ -180,7 +180,8 @@ class RayConfig(Config):
     """The Ray cluster."""
 
     address: str | None = None
-    """``auto`` or an address to join a cluster; by default a Ray of its own on this machine."""
+    """``auto`` or an address to join a cluster; by default ``$RAY_ADDRESS``. Without either, and with
+    ``local``, a Ray of its own on this machine."""
     cpus: float | None = Field(None, gt=0)
     """CPUs of the Ray that is started here; by default the machine's cores."""
     data_cpus: float = Field(0.5, gt=0)

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from rayfm.config import CapacityError, ConfigError, nearest
 from rayfm.pipeline.config import PipelineConfig
 from rayfm.pipeline.plan import teacher_key
-from rayfm.pipeline.session import ray_session
+from rayfm.pipeline.session import joined_address, ray_session
 from rayfm.pipeline.tickets import metadata_path
 from rayfm.serving.http.config import EndpointsConfig
 from rayfm.serving.http.token import check_bind, read_token
@@ -134,7 +134,7 @@ def serve(
     if endpoints.grpc_port is not None:
         limit_messages(endpoints.limits.max_body_bytes)
     if production:
-        enable_production(config.ray.address)
+        enable_production(joined_address(config.ray))
     with ray_session(config.ray):
         from rayfm.serving.endpoints import endpoints_name, start_endpoints, stop_endpoints
 

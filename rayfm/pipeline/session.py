@@ -33,7 +33,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = joined_address(config)
     if not address and any((config.nodes.data, config.nodes.training, config.nodes.serving)):
         raise ConfigError(
             "ray.nodes: the Ray that is started here has no node labels; give ray.address, or leave it out"
@@ -78,8 +78,14 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def joined_address(config: RayConfig) -> str | None:
+    """Where the cluster is that a run joins; None for a Ray of its own, which Ray calls ``local``."""
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address or None
+
+
 def own_cpus(config: RayConfig) -> int | None:
     """CPUs of a Ray of our own, which stays as large as it is; None on a cluster, which may grow."""
-    if config.address or os.environ.get("RAY_ADDRESS"):
+    if joined_address(config):
         return None
     return max(1, int(cluster_resources()[0]))

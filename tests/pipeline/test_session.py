@@ -20,8 +20,12 @@ def test_a_ray_of_our_own_stays_as_large_as_it_is(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(session, "cluster_resources", lambda: (6.0, 0.0))
     assert session.own_cpus(RayConfig()) == 6
     assert session.own_cpus(RayConfig(address="10.0.0.1:6379")) is None
+    assert session.own_cpus(RayConfig(address="local")) == 6
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert session.own_cpus(RayConfig()) is None
+    assert session.own_cpus(RayConfig(address="local")) == 6
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert session.own_cpus(RayConfig()) == 6
 
 
 def test_nodes_are_those_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,13 +59,18 @@ class Started:
         self.environment, self.options = dict(os.environ), options
 
 
-def test_workers_of_our_own_ray_take_after_it_and_start_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("address", [None, "local"])
+def test_workers_of_our_own_ray_take_after_it_and_start_once(
+    address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A runtime environment makes Ray start each of its processes twice."""
     from ray._private import ray_constants
 
     started = Started(monkeypatch)
     monkeypatch.setenv("RAYFM_LOG_FORMAT", "json")
     monkeypatch.setenv("PYTHONWARNINGS", "default")
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
     with session.ray_session(RayConfig()):
         during = dict(os.environ)
     assert started.options["address"] == "local"
